@@ -78,9 +78,9 @@ class Config:
     weight_decay: float = setting(5e-4, "L2 penalty of SGD, in every stage")
     clip: float = setting(5.0, "largest norm of a step's gradient, in every stage")
     pretrain_steps: int = setting(15000, "steps of pretraining")
-    pretrain_lr: float = setting(0.1, "peak learning rate of whatever starts from random weights")
-    transfer_steps: int = setting(1500, "steps of transfer, and of `scratch` and `oracle`")
-    transfer_lr: float = setting(0.02, "peak learning rate of transfer")
+    pretrain_lr: float = setting(0.1, "its peak learning rate")
+    transfer_steps: int = setting(1500, "steps of transfer")
+    transfer_lr: float = setting(0.02, "its peak learning rate")
 
     # OUR READING: the abstract gives neither retain loss, similarity, chunks, head nor weights.
     retain: str = setting("distill", "what keeps the target: distillation from the transferred model, or labels",
@@ -98,7 +98,7 @@ class Config:
     )
     dispose_steps: int = setting(1500, "steps of a disposal that starts from the transferred weights")
     dispose_lr: float = setting(0.02, "its peak learning rate")
-    fresh_steps: int = setting(5000, "steps of a disposal into a fresh backbone")
+    fresh_steps: int = setting(5000, "steps of a disposal into a fresh backbone, and of `scratch` and `oracle`")
     fresh_lr: float = setting(0.1, "its peak learning rate")
 
     attack_steps: int = setting(500, "steps of piggyback learning")
@@ -141,9 +141,9 @@ def parse_weights(text: str) -> dict[str, float]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
-        source="shapes[0:20]@200", target="shapes[20:26]@15", downstream="shapes[26:32]@15", subset_per_class=15,
-        network="resnet8", batch_size=64, pretrain_steps=600, transfer_steps=200, dispose_steps=200, fresh_steps=400,
-        attack_steps=100, chunk_size=16,
+        source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30", subset_per_class=30,
+        network="resnet8", batch_size=64, pretrain_steps=600, transfer_steps=200, dispose_steps=300, fresh_steps=400,
+        attack_steps=100, chunks=2,
     ),
     "cifar": {},
     "cifar-small": dict(
@@ -299,8 +299,113 @@ def _gc_inverse_norm(grads):
 # Gradient statistics
 
 
-def collision(gradients: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-    raise NotImplementedError
+@dataclass(frozen=True)
+class GradientStats:
+    """What the gradients of n chunks have in common. Over no pairs at all (n = 1) the five scalars are 0."""
+
+    gram: Tensor  # (n, n) float64 on the CPU, <g_i, g_j>
+    cosine: Tensor  # (n, n) float64, 0 where a gradient is zero
+    norms: Tensor  # (n,) float64
+    mean_dot: float  # over the pairs i < j: GC with similarity="dot"
+    mean_cosine: float  # GC with similarity="cos"
+    min_cosine: float
+    max_cosine: float
+    collision_rate: float  # share of the pairs with <g_i, g_j> < 0
+    backend: str  # which computed it: "native" or "torch"
+
+
+@functools.cache
+def native_routine() -> tuple[Any, str]:
+    """(cffi module or None, one line for the header) of the optional C routine; python build_native.py builds it."""
+    try:
+        import _gc_native_ext as module
+    except Exception as error:  # noqa: BLE001 - a half-built or foreign library raises anything; never a reason to fail
+        return None, f"no ({error}); gradient statistics run in torch, slower: python build_native.py"
+    path = {1: "generic", 2: "fma", 3: "avx512"}.get(module.lib.gc_best_path(), "?")
+    return module, f"yes ({path}, {Path(module.__file__).name})"
+
+
+def gradient_stats(gradients: Sequence[Sequence[Tensor | None]], backend: str = "auto") -> GradientStats:
+    """Pairwise statistics of chunk gradients, read where they lie: nothing is flattened.
+
+    gradients[i][k]: chunk i's gradient for parameter k, n chunks in all; any shape, the same for every i; float32 or
+    float64, strided as it likes; None is a zero gradient. Products and sums are float64 whatever the input.
+    backend: "native" (the C routine, CPU only), "torch" (any device), "auto" (native where it can).
+    NaN and infinity spread to the entries they touch. ValueError: chunks, shapes, dtypes or devices do not match, or
+    "native" was asked for and the gradients are not on the CPU; RuntimeError: "native", and it is not built.
+    """
+    if backend not in ("auto", "native", "torch"):
+        raise ValueError(f"backend {backend!r}: choose auto, native or torch")
+    n = len(gradients)
+    if n == 0 or len({len(chunk) for chunk in gradients}) != 1:
+        raise ValueError(f"one or more chunks of as many gradients each, not {[len(chunk) for chunk in gradients]}")
+    columns, devices = [], set()  # columns: one entry a parameter, the n chunks' gradients for it
+    for k, column in enumerate(zip(*gradients, strict=True)):
+        kinds = {(g.shape, g.dtype, g.device, g.layout) for g in column if g is not None}
+        if len(kinds) > 1:
+            raise ValueError(f"parameter {k}: the chunks' gradients differ in shape, dtype or device: {kinds}")
+        for _, dtype, device, layout in kinds:  # one, or none where no chunk has a gradient for the parameter
+            if dtype not in (torch.float32, torch.float64) or layout != torch.strided:
+                raise ValueError(f"parameter {k}: {dtype}, {layout} gradients; pass dense float32 or float64")
+            columns.append(column)
+            devices.add(device)
+    on_cpu = all(device.type == "cpu" for device in devices)
+    module, reason = native_routine()
+    if backend == "native" and module is None:
+        raise RuntimeError(f"backend 'native': {reason}")
+    if backend == "native" and not on_cpu:
+        raise ValueError(f"backend 'native' reads CPU memory, and these gradients are on {devices}: use 'torch'")
+    if len(devices) > 1:
+        raise ValueError(f"gradients on several devices: {devices}")
+    native = backend != "torch" and on_cpu and module is not None and n <= 1024
+    if backend == "native" and not native:
+        raise ValueError(f"backend 'native' takes up to 1024 chunks, not {n}: use 'torch'")
+
+    with torch.no_grad():
+        gram = torch.zeros(n, n, dtype=torch.float64, device="cpu" if native else next(iter(devices), "cpu"))
+        for column in columns:
+            if native:
+                _add_gram_native(module, column, gram)
+            else:
+                _add_gram_torch(column, gram)
+        gram = (gram + gram.T).cpu() / 2  # BLAS may round the two triangles differently
+        norms = gram.diagonal().sqrt()
+        scale = torch.where(norms == 0, 1.0, norms)
+        cosine = (gram / scale[:, None] / scale[None, :]).clamp(-1, 1)  # clamp: squares below 1e-308 lose their digits
+        i, j = torch.triu_indices(n, n, 1)
+        dots, cosines = (gram[i, j], cosine[i, j]) if n > 1 else (torch.zeros(1), torch.zeros(1))
+        means = [t.mean().item() for t in (dots, cosines, (dots < 0).double())]
+        return GradientStats(gram, cosine, norms, means[0], means[1], cosines.min().item(), cosines.max().item(), means[2],
+                             "native" if native else "torch")
+
+
+def _add_gram_native(module: Any, column: Sequence[Tensor | None], gram: Tensor) -> None:
+    rows = [g if g is None or g.is_contiguous() else g.contiguous() for g in column]  # kept alive through the call
+    some = next(g for g in rows if g is not None)
+    pointers = module.ffi.new("uintptr_t[]", [0 if g is None else g.data_ptr() for g in rows])  # 0, NULL: zeros
+    function = module.lib.gc_gram_f32 if some.dtype == torch.float32 else module.lib.gc_gram_f64
+    pointers_c = module.ffi.cast("const void *const *", pointers)
+    gram_c = module.ffi.cast("double *", gram.data_ptr())
+    code = function(pointers_c, len(rows), some.numel(), torch.get_num_threads(), 0, gram_c)
+    if code:
+        raise RuntimeError(f"_gc_native.c: error {code} (see its header) for {len(rows)} rows of {some.numel()}")
+
+
+def _add_gram_torch(column: Sequence[Tensor | None], gram: Tensor, block: int = 1 << 18) -> None:
+    some = next(g for g in column if g is not None)
+    rows = [(torch.zeros_like(some) if g is None else g).reshape(-1) for g in column]
+    for start in range(0, some.numel(), block):  # float64 copies of a block at a time, not of everything
+        part = torch.stack([row[start : start + block] for row in rows]).double()  # (n, block)
+        gram += part @ part.T
+
+
+def chunk_statistics(model: "Model", x: Tensor, y: Tensor, chunks: int = 4) -> dict[str, float]:
+    """What the log keeps of the gradients of cross entropy on `chunks` parts of a batch: x (B, 3, H, W), y (B,)."""
+    with running_statistics_kept(model):
+        gradients = [torch.autograd.grad(F.cross_entropy(model(part), labels), list(model.parameters()))
+                     for part, labels in zip(x.chunk(chunks), y.chunk(chunks))]
+    stats = gradient_stats(gradients)
+    return {name: getattr(stats, name) for name in ("mean_cosine", "mean_dot", "collision_rate")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -498,8 +603,8 @@ def fetch(name: str, data_dir: Path) -> Path:
     return destination
 
 
-# `shapes`: eight contours times four textures, 32 classes; position, angle, size, colours, clutter and noise vary.
-# Contours and textures mix along the class numbers, so that every range of classes needs both.
+# `shapes`: eight contours (class % 8) in four textures (class // 8: filled, striped, outlined, chequered); position,
+# angle, size, colours, clutter and noise vary.
 SHAPES_SIZE, SHAPES_TRAIN, SHAPES_TEST = 16, 400, 100  # pixels a side, images a class
 
 
@@ -530,14 +635,14 @@ def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     ]
     textures = [  # negative where painted
         lambda i, f: f,
-        lambda i, f: np.maximum(f, -f - 0.35),  # outline
         lambda i, f: np.maximum(f, np.sin(9 * u[i])),  # stripes
+        lambda i, f: np.maximum(f, -f - 0.35),  # outline
         lambda i, f: np.maximum(f, np.sin(7 * u[i]) * np.sin(7 * v[i])),  # chequers
     ]
     mask = np.empty((n, size, size), np.float32)
     for c in range(32):
         i = y == c
-        mask[i] = textures[(c // 8 + c) % 4](i, contours[c % 8](i))
+        mask[i] = textures[c // 8](i, contours[c % 8](i))
     mask = np.clip(0.5 - mask * radius * (size / 4), 0, 1)[:, None]  # soft edges
     ground, paint = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
     paint = np.where(np.abs(paint - ground) < 0.25, (ground + 0.5) % 1, paint)
@@ -664,6 +769,10 @@ def accuracy(model: Model, task: Task) -> float:
 # The stages, in the paper's order
 
 
+INSPECT_EVERY = 100  # steps of disposal between two looks at how the source gradients collide
+INSPECT_ATTACK_AT = (0, 1, 10, 100)  # and the attacker's steps at which its own are looked at
+
+
 @dataclass(frozen=True)
 class Schedule:
     """SGD with Nesterov momentum 0.9 under a one-cycle learning rate."""
@@ -695,7 +804,7 @@ def optimise(
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     model.train()
-    with watch.bar(first, schedule.steps) as bar:
+    with watch.bar(first, schedule.steps) as advance:
         for step in range(first, schedule.steps):
             optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
             optimizer.zero_grad()
@@ -705,7 +814,7 @@ def optimise(
                 raise DTLError(f"{watch.name}: step {step} of {schedule.steps} is not finite: {show(terms)}; a smaller "
                                "weight or learning rate may help")  # fmt: skip
             optimizer.step()
-            bar.update(1)
+            advance(1)
             watch.step(step + 1, schedule.steps, terms,
                        lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()))  # fmt: skip
     model.eval()
@@ -724,14 +833,17 @@ def epoch_order(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def learn(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: "Watch") -> Model:
-    """A new head on the backbone, then cross entropy over the whole network (the backbone is changed in place)."""
+def learn(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: "Watch",
+          inspect_at: Sequence[int] = ()) -> Model:
+    """A new head on the backbone, then cross entropy over the whole network (the backbone is changed in place). The
+    statistics of chunk gradients are noted at the steps `inspect_at`."""
     head = new_head(backbone.features, task.classes, torch.Generator(task.x.device).manual_seed(stream(seed, "head")))
     model = Model(backbone, head)
 
     def loss_terms(step: int, generator: torch.Generator) -> dict[str, float]:
         x, y = batch(task, schedule.batch_size, step, seed, generator)
-        watch.inspect(step, model, x, y)
+        if step in inspect_at:
+            watch.note(step, chunk_statistics(model, x, y))
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         return {"loss": loss.item()}
@@ -795,7 +907,9 @@ def dispose(
                 loss = forget(logits, y, transferred_logits, functools.partial(stranger, x), generator)
                 (forget_weight * loss).backward()
                 terms["forget"] = loss.item()
-            watch.inspect(step, student, x, y, source.classes, generator)
+            if step % INSPECT_EVERY == 0:
+                head = new_head(student.backbone.features, source.classes, generator)
+                watch.note(step, chunk_statistics(Model(student.backbone, head), x, y))
         return terms
 
     optimise(student, loss_terms, schedule, seed, watch)
@@ -805,7 +919,7 @@ def dispose(
 def piggyback(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: "Watch") -> float:
     """Stage 4, the attacker's: a new head, the whole network on a piggyback task. Returns the PL accuracy, 0..1. The
     attacker is fixed: of one seed, every model gets the same head, batches and schedule."""
-    return accuracy(learn(copy.deepcopy(backbone), task, schedule, seed, watch), task)
+    return accuracy(learn(copy.deepcopy(backbone), task, schedule, seed, watch, INSPECT_ATTACK_AT), task)
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -961,22 +1075,24 @@ class Watch:
         self.path = path and path.with_suffix(".part.pt")
         self.began = self.saved = time.monotonic()
         self.saved_step = self.at = self.steps = 0
+        self.notes: list[dict[str, float]] = []  # kept with the stage's result
 
     def resume(self) -> dict | None:
+        self.began = self.saved = time.monotonic()  # now, after whatever the stage had to wait for
         saved = self.path and load(self.path, self.device)
-        self.saved_step = saved["step"] if saved else 0
+        self.saved_step, self.notes = (saved["step"], saved["notes"]) if saved else (0, [])
         return saved
 
     @contextlib.contextmanager
-    def bar(self, first: int, steps: int) -> Iterator[Any]:
+    def bar(self, first: int, steps: int) -> Iterator[Callable[[int], None]]:
         self.at, self.steps = first, steps
-        shown = click.progressbar(length=steps, label=f"{self.name:<32}", file=sys.stderr, update_min_steps=5)
-        if not sys.stderr.isatty():
-            shown.is_hidden = True
         try:
-            with shown as bar:
-                bar.update(first)
-                yield bar
+            if sys.stderr.isatty():
+                with click.progressbar(length=steps, label=f"{self.name:<42}", file=sys.stderr, update_min_steps=5) as bar:
+                    bar.update(first)
+                    yield bar.update
+            else:
+                yield lambda steps: None
         except KeyboardInterrupt:
             kept = f"saved up to step {self.saved_step}" if self.saved_step else "nothing of this stage saved yet"
             raise KeyboardInterrupt(f"{self.name} was at step {self.at} of {steps}, {kept}") from None
@@ -986,11 +1102,12 @@ class Watch:
         if done == steps or done % max(1, steps // 10) == 0:
             self.log(dict(stage=self.name, step=done, steps=steps, seconds=round(time.monotonic() - self.began, 2), **terms))
         if self.path and done < steps and time.monotonic() - self.saved >= self.save_every:
-            save(self.path, state() | {"step": done})
+            save(self.path, state() | {"step": done, "notes": self.notes})
             self.saved, self.saved_step = time.monotonic(), done
 
-    def inspect(self, *args) -> None:
-        pass
+    def note(self, step: int, statistics: dict[str, float]) -> None:
+        self.notes.append({"step": step} | statistics)
+        self.log({"stage": self.name, "noted": step} | statistics)
 
 
 def show(terms: dict[str, float]) -> str:
@@ -1016,7 +1133,7 @@ class Results:
 
     @staticmethod
     def identity(record: dict) -> tuple:
-        return tuple(record.get(k) for k in ("config", "seed", "model", "metric", "task"))
+        return tuple(record.get(k) for k in ("config", "seed", "model", "metric", "task", "step"))
 
     def append(self, record: dict) -> None:
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
@@ -1086,7 +1203,7 @@ class Experiment:
                 task, c.network, schedule, stream(seed, "pretrain"), watch)  # fmt: skip
         if name == "scratch" or name.startswith("target@"):
             task = self.task("target" if name == "scratch" else name)
-            schedule = self.schedule(c.transfer_steps, c.pretrain_lr)
+            schedule = self.schedule(c.fresh_steps, c.fresh_lr)
             return [task.fingerprint, schedule], lambda watch: pretrain(
                 task, c.network, schedule, stream(seed, "scratch"), watch)  # fmt: skip
         if name == "transferred":
@@ -1132,6 +1249,7 @@ class Experiment:
                 state = {"backbone": result.backbone.state_dict(), "head": result.head.state_dict()}
             else:
                 state = {"value": result}
+            state["notes"] = watch.notes
             save(path, state)
             watch.path.unlink(missing_ok=True)
         return state
@@ -1175,7 +1293,11 @@ class Experiment:
         if name is None:
             return None
         if metric == "pl_accuracy":
-            value = self.stage(f"piggyback {name} {task}")["value"]
+            state = self.stage(f"piggyback {name} {task}")
+            value = state["value"]
+            for note in state["notes"]:
+                for statistic in ("mean_cosine", "mean_dot", "collision_rate"):
+                    self.results.append(record | {"metric": statistic, "step": note["step"], "value": note[statistic]})
         elif metric == "target_accuracy":
             value = accuracy(self.model(name), self.task("target"))
         else:  # source_accuracy, with the stored source head
@@ -1185,10 +1307,10 @@ class Experiment:
 
     def log(self, row: dict) -> None:
         append(self.out / "log.jsonl", json.dumps({"config": self.config_hash} | row) + "\n")
-        if row["step"] == row["steps"] or time.monotonic() - self.printed > 20:
+        if "step" in row and (row["step"] == row["steps"] or time.monotonic() - self.printed > 20):
             self.printed = time.monotonic()
             terms = {k: v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
-            click.echo(f"{row['stage']:<38} {row['step']:>6}/{row['steps']:<6} {row['seconds']:>7.1f} s  {show(terms)}")
+            click.echo(f"{row['stage']:<46} {row['step']:>6}/{row['steps']:<6} {row['seconds']:>7.1f} s  {show(terms)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1287,13 +1409,34 @@ def report(out: Path, config: str | None) -> str:
         f"; leak: (PL - zero) / (PL of transferred - zero), zero: {zero_of(records)}"
         + (f" ({', '.join(oracle)})" if oracle else "") + ".",
         "PL and leak: lower is better; below zero means hard to train, not more forgotten.", "",
-        *lines, "",
+        *lines, "", *collision_table(records),
         f"`{run['command']}`, config {run['config_hash']}, revision {run['revision']}, Python {versions['python']}, "
         f"torch {versions['torch']}, {versions['device']}.", "",
     ])  # fmt: skip
     write_atomically(out / "report.md", text.encode())
     figure(out / "report.png", rows)
     return text
+
+
+def collision_table(records: list[dict]) -> list[str]:
+    """Mean cosine of the attacker's chunk gradients by attack step: near 0 or below, the collision holds; as high as
+    that of `transferred` or `random`, the attacker has walked out of it."""
+    steps = sorted({r["step"] for r in records if r["metric"] == "mean_cosine"})
+    lines = []
+    for model in [*REFERENCES, *(f"disposed:{m}" for m in METHODS)]:
+        cells = []
+        for task in PIGGYBACK_TASKS:
+            for step in steps:
+                values = [r["value"] for r in records if r["metric"] == "mean_cosine"
+                          and (r["model"], r["task"], r["step"]) == (model, task, step)]
+                cells.append(f"{statistics.mean(values):.3f}" if values else "-")
+        if set(cells) - {"-"}:
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    if lines:
+        head = " | ".join(f"{task} step {step}" for task in PIGGYBACK_TASKS for step in steps)
+        lines = ["Mean cosine between the gradients of 4 chunks of the attacker's batch, before these attack steps:", "",
+                 f"| model | {head} |", "|---" * (1 + len(PIGGYBACK_TASKS) * len(steps)) + "|", *lines, ""]
+    return lines
 
 
 def figure(path: Path, rows: dict) -> None:
@@ -1394,8 +1537,8 @@ def experiment_options(command: Callable) -> Callable:
         command = click.option("--" + f.name.replace("_", "-"), f.name, type=kind, help=f.metadata["doc"] + ".")(command)
     for option in (
         click.option("--save-every", default=30.0, help="Seconds between saves within a stage.", show_default=True),
-        click.option("--data-dir", type=click.Path(path_type=Path), default="data", show_default=True),
-        click.option("--out", type=click.Path(path_type=Path), default="runs", show_default=True),
+        click.option("--data-dir", type=click.Path(path_type=Path), default="data", envvar="DTL_DATA_DIR"),
+        click.option("--out", type=click.Path(path_type=Path), default="runs", envvar="DTL_OUT"),
         click.option("--methods", default=",".join(METHODS), callback=parse_methods, show_default=True,
                      help="Disposal methods."),
         click.option("--seeds", default="0", callback=parse_seeds, help="Seeds, as in 0,1,2.", show_default=True),
@@ -1406,7 +1549,7 @@ def experiment_options(command: Callable) -> Callable:
     return command
 
 
-@click.group(context_settings={"show_default": True, "max_content_width": 120, "auto_envvar_prefix": "DTL"})
+@click.group(context_settings={"show_default": True, "max_content_width": 120})
 @click.version_option(__version__)
 def main() -> None:
     """Disposable Transfer Learning: pretrain, transfer, dispose, piggyback."""
@@ -1438,7 +1581,7 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
     versions, tasks = versions_of(device), experiments[0].check_tasks()
     command = "python dtl.py " + " ".join(sys.argv[1:])
     click.echo(f"{command}\nrevision {git_revision()}, Python {versions['python']}, torch {versions['torch']}, "
-               f"{versions['device']}\npreset {preset}, seeds {seeds}, config {experiments[0].config_hash}:")  # fmt: skip
+               f"{versions['device']}\npreset {preset}, seeds {seeds}, config {experiments[0].config_hash}\nnative routine: {native_routine()[1]}")  # fmt: skip
     for name, value in asdict(config).items():
         click.echo(f"  {name:<18} {value}")
     for name, task in tasks.items():
@@ -1472,7 +1615,7 @@ for _stage, _help in STAGES.items():
 
 
 @main.command("report", help="The tables again, from what is in --out.")
-@click.option("--out", type=click.Path(path_type=Path), default="runs", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default="runs", envvar="DTL_OUT")
 @click.option("--config", help="Hash of the run to report; the last one if left out.")
 @one_line_errors
 def report_command(out: Path, config: str | None) -> None:
@@ -1480,12 +1623,25 @@ def report_command(out: Path, config: str | None) -> None:
 
 
 @main.command("data", help="Fetch and verify CIFAR-10 and CIFAR-100.")
-@click.option("--data-dir", type=click.Path(path_type=Path), default="data", show_default=True)
+@click.option("--data-dir", type=click.Path(path_type=Path), default="data", envvar="DTL_DATA_DIR")
 @one_line_errors
 def data_command(data_dir: Path) -> None:
     for name in ARCHIVES:
         x, y, x_test, y_test = read_archive(name, data_dir)
         click.echo(f"{name}: {len(y)} training and {len(y_test)} test images in {data_dir / ARCHIVES[name][2]}")
+
+
+@main.command(help="Time and memory of the GC loss beside a plain SGD step (or --native: of the C routine beside torch).")
+@click.option("--gpu", type=int, help="CUDA device; the CPU if left out.")
+@click.option("--network", type=click.Choice(list(NETWORKS)), default="resnet8")
+@click.option("--native", is_flag=True, help="The statistics of chunk gradients instead.")
+@one_line_errors
+def bench(gpu: int | None, network: str, native: bool) -> None:
+    try:
+        import dtl_bench
+    except ImportError:
+        raise DTLError("bench: dtl_bench.py is not beside dtl.py; it comes with the repository") from None
+    dtl_bench.native() if native else dtl_bench.loss(network, resolve_device(gpu))
 
 
 if __name__ == "__main__":
