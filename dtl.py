@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "numpy>=1.26", "cffi>=1.16", "click>=8.1"]
+# dependencies = ["torch>=2.5", "numpy>=1.26", "cffi>=1.16", "click>=8.1"]
 # ///
 """Disposable Transfer Learning (DTL) in one file: pretrain, transfer, dispose, piggyback.
 
