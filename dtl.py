@@ -148,7 +148,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar": {},
     "cifar-small": dict(
         image_size=16, network="resnet8", batch_size=64, pretrain_steps=3000, transfer_steps=600, dispose_steps=600,
-        fresh_steps=1000, attack_steps=200,
+        fresh_steps=1000, attack_steps=200, chunks=2,
     ),
 }  # fmt: skip
 
@@ -603,8 +603,8 @@ def fetch(name: str, data_dir: Path) -> Path:
     return destination
 
 
-# `shapes`: eight contours (class % 8) in four textures (class // 8: filled, striped, outlined, chequered); position,
-# angle, size, colours, clutter and noise vary.
+# `shapes`: eight contours (class % 8) in four textures (class // 8: filled, striped, grey outlines, chequered);
+# position, angle, size, colours, clutter and noise vary. So `demo` goes from pictures to sketches.
 SHAPES_SIZE, SHAPES_TRAIN, SHAPES_TEST = 16, 400, 100  # pixels a side, images a class
 
 
@@ -646,12 +646,16 @@ def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     mask = np.clip(0.5 - mask * radius * (size / 4), 0, 1)[:, None]  # soft edges
     ground, paint = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
     paint = np.where(np.abs(paint - ground) < 0.25, (ground + 0.5) % 1, paint)
+    sketch = (y // 8 == 2)[:, None, None, None]  # dark on light
+    ground, paint = np.where(sketch, 0.6 + 0.4 * ground, ground), np.where(sketch, 0.4 * paint, paint)
     x = ground + uniform(-0.3, 0.3, 3, 1, 1) * grid[None, None, None, :] + uniform(-0.3, 0.3, 3, 1, 1) * grid[:, None]
     for _ in range(3):  # clutter: small discs under the shape
         cx, cy, cr = uniform(-1, 1, 1, 1, 1), uniform(-1, 1, 1, 1, 1), uniform(0.1, 0.3, 1, 1, 1)
         disc = np.hypot(grid[None, None, None, :] - cx, grid[:, None] - cy) < cr
         x = np.where(disc, uniform(0, 1, 3, 1, 1), x)
-    x = x * (1 - mask) + paint * mask + rng.normal(0, 0.08, x.shape).astype(np.float32)
+    x = x * (1 - mask) + paint * mask
+    x = np.where(sketch, x.mean(1, keepdims=True), x)
+    x = x + rng.normal(0, 0.08, x.shape).astype(np.float32)
     return (np.clip(x, 0, 1) * 255).astype(np.uint8), y
 
 

@@ -1,0 +1,26 @@
+"""Print the ablation's table from what its runs left in a folder: python experiments/ablation_table.py OUT"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dtl
+
+out = Path(sys.argv[1])
+lines, run = [], None
+for path in sorted(out.glob("run-*.json"), key=lambda p: json.loads(p.read_text())["started"]):
+    run = json.loads(path.read_text())
+    settings, rows = run["settings"], dtl.summarise(dtl.Results(out).read(run["config_hash"]))
+    if "disposed:gc" not in rows:
+        continue
+    gc = {column: values[0] for column, values in rows["disposed:gc"].items()}
+    cells = [settings["similarity"], settings["gc_head"], f"{settings['chunks']} x {settings['chunk_size']}"]
+    cells += [f"{100 * gc['target_accuracy']:.1f}", f"{100 * gc['change']:+.1f}", f"{100 * gc['source_accuracy']:.1f}"]
+    for task in dtl.PIGGYBACK_TASKS:
+        cells += [f"{100 * gc[f'pl {task}']:.1f}", f"{gc[f'leak {task}']:.2f}"]
+    lines.append("| " + " | ".join(cells) + " |")
+head = "similarity | head | chunks | target acc. % | change | source acc. % | PL source-subset % | leak | PL downstream % | leak"
+print(f"| {head} |\n" + "|---" * 10 + "|\n" + "\n".join(lines))
+print(f"\nSeed 0, {run['settings']['dispose_steps']} disposal steps, weights {run['settings']['forget_weights']}, "
+      f"revision {run['revision']}, torch {run['versions']['torch']}, {run['versions']['device']}.")

@@ -1,0 +1,104 @@
+"""What the tests share: seeds, the Hypothesis profile, a tiny experiment, the command line run in this process."""
+
+import json
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import settings
+
+import dtl
+
+settings.register_profile("dtl", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+settings.load_profile("dtl")
+
+TINY = dict(
+    source="shapes[0:4]@8", target="shapes[16:20]@4", downstream="shapes[24:28]@4", subset_per_class=4, image_size=8,
+    network="resnet8", batch_size=8, chunks=2, chunk_size=4, pretrain_steps=6, transfer_steps=4, dispose_steps=4,
+    fresh_steps=4, attack_steps=2,
+)  # fmt: skip
+TINY_METHODS = ("uniform", "gc", "gc-fresh")  # without, with, and with GC into a fresh backbone
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def arguments():
+    """arguments(stage, out, **settings) -> the command line of a tiny experiment."""
+
+    def build(stage, out, methods=TINY_METHODS, seeds="0", **given):
+        flags = dict(methods=",".join(methods), seeds=seeds, out=out) | TINY | given
+        return [stage, *(str(part) for k, v in flags.items() for part in ("--" + k.replace("_", "-"), v))]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def dtl_command():
+    """Run `dtl ARGUMENTS...` here; .code, .output (both streams). Whatever it raises but an exit is a failure."""
+
+    def run(*arguments):
+        result = CliRunner().invoke(dtl.main, [str(a) for a in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return SimpleNamespace(code=result.exit_code, output=result.output)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def records():
+    """The lines of OUT/results.jsonl, sorted; with once=True those that a crash made be written twice count once."""
+
+    def read(out, once=False, **having):
+        lines = dtl.Results(out).read() if once else map(json.loads, (out / "results.jsonl").read_text().splitlines())
+        return sorted(json.dumps(r, sort_keys=True) for r in lines if having.items() <= r.items())
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, arguments, dtl_command):
+    """A tiny experiment, all four stages: .out and .output. Read it, or copy it; do not change it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    result = dtl_command(*arguments("all", out))
+    assert result.code == 0, result.output
+    return SimpleNamespace(out=out, output=result.output)
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """npz(**changes) -> Path of a user's data set: 3 classes, 10 training and 4 test images each, 8x8, every image
+    constant, its number from 0 (training first). A change of None leaves that array out."""
+
+    def write(name="own.npz", **changes):
+        y, y_test = np.repeat(np.arange(3), 10), np.repeat(np.arange(3), 4)
+        images = np.arange(42, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+        arrays = dict(x_train=images[:30], y_train=y, x_test=images[30:], y_test=y_test) | changes
+        path = tmp_path / name
+        np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+        return path
+
+    dtl.load_set.cache_clear()
+    yield write
+    dtl.load_set.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def root():
+    return Path(dtl.__file__).resolve().parent
