@@ -37,7 +37,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -70,7 +70,7 @@ class Config:
     downstream: str = setting("cifar100[80:100]@50", "new downstream data of the attacker's")
     subset_per_class: int = setting(50, "source images a class that the attacker has")
     split: str = setting("test", "measure on the test images, or on a tenth of the training images held out",
-                         ("test", "validation"))  # fmt: skip
+                         ("test", "validation"))
     image_size: int = setting(0, "pixels a side after area averaging; 0: as stored")
     network: str = setting("resnet18", "backbone", ("resnet18", "resnet8"))
 
@@ -84,16 +84,16 @@ class Config:
 
     # OUR READING: the abstract gives neither retain loss, similarity, chunks, head nor weights.
     retain: str = setting("distill", "what keeps the target: distillation from the transferred model, or labels",
-                          ("distill", "ce"))  # fmt: skip
+                          ("distill", "ce"))
     temperature: float = setting(4.0, "temperature of the distillation")
     retain_weight: float = setting(1.0, "weight of the retain loss")
     similarity: str = setting("dot", "what gradients collide in: inner product or cosine", ("dot", "cos"))
     gc_head: str = setting("fresh", "head the GC loss goes through: a random one each step, or the stored one",
-                           ("fresh", "source"))  # fmt: skip
+                           ("fresh", "source"))
     chunks: int = setting(4, "chunks of a source batch whose gradients collide")
     chunk_size: int = setting(32, "images a chunk; the rivals get chunks * chunk_size source images a step")
     forget_weights: str = setting(
-        "neggrad=0.3,random-labels=1,uniform=1,bad-teacher=1,scrub=0.3,gc=30,gc-fresh=10",
+        "neggrad=1,random-labels=3,uniform=3,bad-teacher=3,scrub=3,gc=30,gc-fresh=10",
         "weight of each method's forget loss, METHOD=NUMBER,...; those not named keep the preset's",
     )
     dispose_steps: int = setting(1500, "steps of a disposal that starts from the transferred weights")
@@ -114,12 +114,7 @@ class Config:
             if f.type is float and not (math.isfinite(value) and value >= 0):
                 raise DTLError(f"{option}: {value} is not a finite number of at least 0")
         weights = parse_weights(Config.forget_weights) | parse_weights(self.forget_weights)
-        object.__setattr__(self, "forget_weights", ",".join(f"{m}={w:g}" for m, w in sorted(weights.items())))
-
-    @property
-    def hash(self) -> str:
-        """Names the config, on this kind of device and this torch, in results and checkpoints."""
-        return digest(asdict(self))[:10]
+        object.__setattr__(self, "forget_weights", ",".join(f"{m}={w:.12g}" for m, w in sorted(weights.items())))
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -142,15 +137,15 @@ def parse_weights(text: str) -> dict[str, float]:
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30", subset_per_class=30,
-        network="resnet8", batch_size=64, pretrain_steps=600, transfer_steps=200, dispose_steps=300, fresh_steps=400,
-        attack_steps=100, chunks=2,
+        network="resnet8", batch_size=64, pretrain_steps=600, transfer_steps=300, transfer_lr=0.05, dispose_steps=300,
+        fresh_steps=400, attack_steps=100, chunks=2, forget_weights="gc=10",
     ),
     "cifar": {},
     "cifar-small": dict(
         image_size=16, network="resnet8", batch_size=64, pretrain_steps=3000, transfer_steps=600, dispose_steps=600,
-        fresh_steps=1000, attack_steps=200, chunks=2,
+        fresh_steps=1000, attack_steps=200, chunks=2, forget_weights="gc=60",
     ),
-}  # fmt: skip
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -422,7 +417,7 @@ ARCHIVES = {  # set: (address, sha256, folder, training files, test file, label 
         "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         "cifar-100-binary", ["train.bin"], "test.bin", 2, 1,
     ),
-}  # fmt: skip
+}
 ARCHIVE_RECORDS = 10000  # records in every file of both archives but cifar100's train.bin, which has 50000
 
 
@@ -454,7 +449,7 @@ def load_task(name: str, config: Config, seed: int, data_dir: Path, device: torc
         wanted = int(match["per_class"] or len(of_class))
         if not (len(of_class) and len(of_class_test) and wanted):
             raise DTLError(f"task {name}: class {c} is empty (training images {len(of_class)}, kept {wanted}, "
-                           f"test images {len(of_class_test)})")  # fmt: skip
+                           f"test images {len(of_class_test)})")
         if wanted > len(of_class):
             raise DTLError(f"task {name}: class {c} has {len(of_class)} training images, not {wanted}")
         kept.append(of_class[:wanted])
@@ -463,7 +458,7 @@ def load_task(name: str, config: Config, seed: int, data_dir: Path, device: torc
     for pixels, indices in ((x, kept), (x_test, kept_test)):
         images = torch.from_numpy(pixels[np.concatenate(indices)])
         sets += [shrink(images, config.image_size, name), torch.arange(len(indices)).repeat_interleave(
-            torch.tensor([len(i) for i in indices]))]  # fmt: skip
+            torch.tensor([len(i) for i in indices]))]
     fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in sets)).hexdigest()
     return Task(name, *(t.to(device) for t in sets), classes=len(chosen), fingerprint=fingerprint)
 
@@ -513,7 +508,7 @@ def load_set(name: str, data_dir: Path, split: str) -> tuple[np.ndarray, np.ndar
         held = np.zeros(len(y), bool)
         for c in np.unique(y):
             of_class = np.flatnonzero(y == c)
-            held[of_class[len(of_class) - max(1, len(of_class) // 10):]] = True  # fmt: skip
+            held[of_class[len(of_class) - max(1, len(of_class) // 10):]] = True
         arrays = x[~held], y[~held], x[held], y[held]
     return arrays
 
@@ -537,9 +532,10 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
             raise DTLError(f"{path}: x_{part} must be uint8 of shape (N, H, W, 3), not {images.dtype} {images.shape}")
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             raise DTLError(f"{path}: y_{part} must be integers of shape ({len(images)},), one an image, "
-                           f"not {labels.dtype} {labels.shape}")  # fmt: skip
-        if labels.min() < 0:
-            raise DTLError(f"{path}: y_{part} holds the negative label {labels.min()}; labels count from 0")
+                           f"not {labels.dtype} {labels.shape}")
+        if labels.min() < 0 or labels.max() >= len(labels):
+            wrong = labels.min() if labels.min() < 0 else labels.max()
+            raise DTLError(f"{path}: y_{part} holds the label {wrong}; labels count from 0, and every class has images")
     if x.shape[1:] != x_test.shape[1:]:
         raise DTLError(f"{path}: x_train holds {x.shape[1:]} images, x_test {x_test.shape[1:]}")
     nchw = (np.ascontiguousarray(images.transpose(0, 3, 1, 2)) for images in (x, x_test))
@@ -559,7 +555,7 @@ def read_archive(name: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.
             expected = ARCHIVE_RECORDS * (5 if file == "train.bin" else 1) * length
             if len(data) != expected:
                 raise DTLError(f"{path}: {len(data)} bytes, not {expected}: truncated or another file; delete the folder "
-                               f"{data_dir / folder} and run `python dtl.py data`")  # fmt: skip
+                               f"{data_dir / folder} and run `python dtl.py data`")
             records.append(data.reshape(-1, length))
         records = np.concatenate(records)
         arrays += [records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_at].astype(np.int64)]
@@ -585,14 +581,14 @@ def fetch(name: str, data_dir: Path) -> Path:
             torch.hub.download_url_to_file(address, str(archive), hash_prefix=sha256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # RuntimeError: the checksum does not match
             raise DTLError(f"cannot download {address} ({error}); try again, or put the unpacked folder {folder} into "
-                           f"{data_dir}") from None  # fmt: skip
+                           f"{data_dir}") from None
     with archive.open("rb") as file:
         found = hashlib.sha256()
         while block := file.read(1 << 20):
             found.update(block)
     if found.hexdigest() != sha256:
         raise DTLError(f"{archive}: sha256 {found.hexdigest()}, not {sha256}: truncated or altered; delete it and run "
-                       "`python dtl.py data`")  # fmt: skip
+                       "`python dtl.py data`")
     unpacked = data_dir / f"{folder}.{os.getpid()}.partial"
     unpacked.mkdir(exist_ok=True)
     with tarfile.open(archive) as tar:
@@ -646,8 +642,9 @@ def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     mask = np.clip(0.5 - mask * radius * (size / 4), 0, 1)[:, None]  # soft edges
     ground, paint = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
     paint = np.where(np.abs(paint - ground) < 0.25, (ground + 0.5) % 1, paint)
-    sketch = (y // 8 == 2)[:, None, None, None]  # dark on light
-    ground, paint = np.where(sketch, 0.6 + 0.4 * ground, ground), np.where(sketch, 0.4 * paint, paint)
+    sketch, grey = (y // 8 == 2)[:, None, None, None], uniform(0, 1, 1, 1, 1)
+    ground = np.where(sketch, grey, ground)
+    paint = np.where(sketch, (grey + uniform(0.35, 0.65, 1, 1, 1)) % 1, paint)
     x = ground + uniform(-0.3, 0.3, 3, 1, 1) * grid[None, None, None, :] + uniform(-0.3, 0.3, 3, 1, 1) * grid[:, None]
     for _ in range(3):  # clutter: small discs under the shape
         cx, cy, cr = uniform(-1, 1, 1, 1, 1), uniform(-1, 1, 1, 1, 1), uniform(0.1, 0.3, 1, 1, 1)
@@ -665,7 +662,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     pad, device = max(1, height // 8), images.device
     padded = F.pad(images, (pad, pad, pad, pad))
     top, left, flip = (torch.randint(0, high, (b, 1), generator=generator, device=device)
-                       for high in (2 * pad + 1, 2 * pad + 1, 2))  # fmt: skip
+                       for high in (2 * pad + 1, 2 * pad + 1, 2))
     rows = top + torch.arange(height, device=device)  # (B, H)
     columns = torch.arange(width, device=device).expand(b, -1)
     columns = left + torch.where(flip == 1, width - 1 - columns, columns)  # (B, W)
@@ -692,7 +689,7 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Identity() if (inputs, stride) == (outputs, 1) else nn.Sequential(
-            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))  # fmt: skip
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -795,12 +792,12 @@ class Schedule:
 def optimise(
     model: nn.Module, loss_terms: Callable[[int, torch.Generator], dict[str, float]], schedule: Schedule, seed: int,
     watch: "Watch",
-) -> None:  # fmt: skip
+) -> None:
     """Run a stage. `loss_terms(step, generator)` backpropagates and returns the loss's terms for the log. The
     generator is seeded anew by (seed, step): a stage resumes from its step number, parameters and momentum alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, schedule.lr, momentum=0.9, nesterov=True,
-                                weight_decay=schedule.weight_decay)  # fmt: skip
+                                weight_decay=schedule.weight_decay)
     generator = torch.Generator(parameters[0].device)
     first = 0
     if saved := watch.resume():
@@ -812,15 +809,18 @@ def optimise(
         for step in range(first, schedule.steps):
             optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
             optimizer.zero_grad()
-            terms = loss_terms(step, generator.manual_seed(stream(seed, step)))
+            try:
+                terms = loss_terms(step, generator.manual_seed(stream(seed, step)))
+            except ValueError as error:  # the GC loss looks for itself whether it is finite
+                raise DTLError(f"{watch.name}: step {step} of {schedule.steps}: {error}") from error
             terms["gradient"] = nn.utils.clip_grad_norm_(parameters, schedule.clip).item()
             if not all(map(math.isfinite, terms.values())):
                 raise DTLError(f"{watch.name}: step {step} of {schedule.steps} is not finite: {show(terms)}; a smaller "
-                               "weight or learning rate may help")  # fmt: skip
+                               "weight or learning rate may help")
             optimizer.step()
             advance(1)
             watch.step(step + 1, schedule.steps, terms,
-                       lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()))  # fmt: skip
+                       lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
     model.eval()
 
 
@@ -870,7 +870,7 @@ def dispose(
     transferred: Model, source_head: nn.Linear, source: Task, target: Task, method: str, schedule: Schedule, seed: int,
     watch: "Watch", *, network: str, retain: str = "distill", temperature: float = 4.0, retain_weight: float = 1.0,
     forget_weight: float = 30.0, similarity: str = "dot", gc_head: str = "fresh", chunks: int = 4, chunk_size: int = 32,
-) -> Model:  # fmt: skip
+) -> Model:
     """Stage 3: minimise retain_weight * L_retain(target) + forget_weight * L_forget(source) from the transferred
     model, or from a fresh backbone if the method says so. Returns the scrubbed model; its arguments stay as they are.
     """
@@ -947,7 +947,7 @@ def frozen(module: nn.Module) -> nn.Module:
 def gradient_collision(backbone, head, x, y, similarity, chunks, weight) -> float:
     """GC over the backbone and the head in use: adds weight * dGC to the backbone's gradients, returns GC."""
     losses = [functools.partial(lambda x, y: F.cross_entropy(head(backbone(x)), y), *part)
-              for part in zip(x.chunk(chunks), y.chunk(chunks))]  # fmt: skip
+              for part in zip(x.chunk(chunks), y.chunk(chunks))]
     return gradient_collision_backward(losses, [*backbone.parameters(), *head.parameters()], similarity, weight)
 
 
@@ -958,7 +958,7 @@ def negative_gradient(logits, labels, transferred, stranger, generator) -> Tenso
 
 def random_labels(logits, labels, transferred, stranger, generator) -> Tensor:
     return F.cross_entropy(logits, torch.randint(0, logits.shape[1], labels.shape, generator=generator,
-                                                 device=labels.device))  # fmt: skip
+                                                 device=labels.device))
 
 
 def uniform_labels(logits, labels, transferred, stranger, generator) -> Tensor:
@@ -1044,7 +1044,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise DTLError(f"cannot write {path}: {error.strerror}; what was saved before stands: mend that and run the same "
-                       "command again") from None  # fmt: skip
+                       "command again") from None
 
 
 def save(path: Path, state: dict) -> None:
@@ -1074,7 +1074,7 @@ class Watch:
     """What a stage tells the world: its progress bar, its log rows, its saves."""
 
     def __init__(self, name: str, path: Path | None = None, device: torch.device = torch.device("cpu"),
-                 save_every: float = 30.0, log: Callable[[dict], None] = lambda row: None) -> None:  # fmt: skip
+                 save_every: float = 30.0, log: Callable[[dict], None] = lambda row: None) -> None:
         self.name, self.device, self.save_every, self.log = name, device, save_every, log
         self.path = path and path.with_suffix(".part.pt")
         self.began = self.saved = time.monotonic()
@@ -1164,7 +1164,7 @@ class Experiment:
     """One seed of one config."""
 
     def __init__(self, config: Config, seed: int, device: torch.device, out: Path, data_dir: Path,
-                 save_every: float = 30.0) -> None:  # fmt: skip
+                 save_every: float = 30.0) -> None:
         self.config, self.seed, self.device, self.out, self.data_dir = config, seed, device, out, data_dir
         self.save_every, self.results = save_every, Results(out)
         self.config_hash = digest([asdict(config), *self.environment()])[:10]
@@ -1174,7 +1174,7 @@ class Experiment:
     def environment(self) -> list:
         return [RECIPE, torch.__version__, self.device.type]
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def task(self, name: str) -> Task:
         """`source`, `target`, `source-subset`, `downstream`, or `target@N` with N images a class."""
         c = self.config
@@ -1200,20 +1200,20 @@ class Experiment:
         c, seed = self.config, self.seed
         if name == "random":
             return [], lambda watch: Model(new_backbone(c.network, stream(seed, "random"), self.device),
-                                           new_head(1, 2, torch.Generator(self.device)))  # fmt: skip
+                                           new_head(1, 2, torch.Generator(self.device)))
         if name == "pretrained":
             task, schedule = self.task("source"), self.schedule(c.pretrain_steps, c.pretrain_lr)
             return [task.fingerprint, schedule], lambda watch: pretrain(
-                task, c.network, schedule, stream(seed, "pretrain"), watch)  # fmt: skip
+                task, c.network, schedule, stream(seed, "pretrain"), watch)
         if name == "scratch" or name.startswith("target@"):
             task = self.task("target" if name == "scratch" else name)
             schedule = self.schedule(c.fresh_steps, c.fresh_lr)
             return [task.fingerprint, schedule], lambda watch: pretrain(
-                task, c.network, schedule, stream(seed, "scratch"), watch)  # fmt: skip
+                task, c.network, schedule, stream(seed, "scratch"), watch)
         if name == "transferred":
             task, schedule = self.task("target"), self.schedule(c.transfer_steps, c.transfer_lr)
             return [self.key("pretrained"), task.fingerprint, schedule], lambda watch: transfer(
-                self.model("pretrained"), task, schedule, stream(seed, "transfer"), watch)  # fmt: skip
+                self.model("pretrained"), task, schedule, stream(seed, "transfer"), watch)
         if name.startswith("disposed:"):
             method = METHODS[name.removeprefix("disposed:")]
             if method.fresh:
@@ -1230,13 +1230,13 @@ class Experiment:
                 options |= dict(similarity=c.similarity, gc_head=c.gc_head)
             return [self.key("transferred"), schedule, options], lambda watch: dispose(
                 self.model("transferred"), self.model("pretrained").head, self.task("source"), self.task("target"),
-                name.removeprefix("disposed:"), schedule, stream(seed, "dispose"), watch, **options)  # fmt: skip
+                name.removeprefix("disposed:"), schedule, stream(seed, "dispose"), watch, **options)
         victim, task = name.removeprefix("piggyback ").rsplit(" ", 1)
         schedule = self.schedule(c.attack_steps, c.attack_lr)
         return [self.key(victim), self.task(task).fingerprint, schedule], lambda watch: piggyback(
-            self.model(victim).backbone, self.task(task), schedule, stream(seed, "piggyback", task), watch)  # fmt: skip
+            self.model(victim).backbone, self.task(task), schedule, stream(seed, "piggyback", task), watch)
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def key(self, name: str) -> str:
         depends = [asdict(d) if isinstance(d, Schedule) else d for d in self.recipe(name)[0]]
         return digest([*self.environment(), name, self.seed, self.config.network, depends])
@@ -1284,18 +1284,24 @@ class Experiment:
                 self.task(f"target@{n}")
             except DTLError:  # the set has no more
                 return None
-            if accuracy(self.model(f"target@{n}"), self.task("target")) >= aim:
+            if self.measure(f"target@{n}", "target_accuracy") >= aim:
                 return f"target@{n}"
 
     def measure(self, model: str, metric: str, task: str | None = None) -> float | None:
         """A measurement, from results.jsonl if it is there."""
         record = dict(seed=self.seed, model=model, metric=metric, task=task, config=self.config_hash)
-        for known in self.results.read(self.config_hash):
-            if Results.identity(known) == Results.identity(record):
-                return known["value"]
         name = self.oracle() if model == "oracle" else model
         if name is None:
             return None
+        if metric == "pl_accuracy":
+            depends = [self.key(f"piggyback {name} {task}")]
+        else:
+            depends = [self.key(name), self.task(metric.split("_")[0]).fingerprint]
+            depends += [self.key("pretrained")] if metric == "source_accuracy" else []
+        record["key"] = digest(depends)[:12]  # of the very weights and images, should a file of that name have changed
+        for known in self.results.read(self.config_hash):
+            if Results.identity(known) == Results.identity(record) and known.get("key") == record["key"]:
+                return known["value"]
         if metric == "pl_accuracy":
             state = self.stage(f"piggyback {name} {task}")
             value = state["value"]
@@ -1365,7 +1371,7 @@ def summarise(records: list[dict]) -> dict[str, dict[str, list[float]]]:
 def zero_of(records: list[dict]) -> str:
     """`oracle` if every seed has one, else `scratch`: a mean must not mix two zeros."""
     seeds = {model: {r["seed"] for r in records if r["model"] == model and r["metric"] == "pl_accuracy"}
-             for model in ("oracle", "transferred")}  # fmt: skip
+             for model in ("oracle", "transferred")}
     return "oracle" if seeds["oracle"] >= seeds["transferred"] else "scratch"
 
 
@@ -1397,7 +1403,7 @@ def report(out: Path, config: str | None) -> str:
         table[0] += [f"PL {task} %", f"leak {task}"]
     for model, row in rows.items():
         table.append([model, cell(row, "target_accuracy", True), cell(row, "change", True, "+"),
-                      cell(row, "source_accuracy", True)])  # fmt: skip
+                      cell(row, "source_accuracy", True)])
         for task in PIGGYBACK_TASKS:
             table[-1] += [cell(row, f"pl {task}", True), cell(row, f"leak {task}", False)]
     widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
@@ -1416,7 +1422,7 @@ def report(out: Path, config: str | None) -> str:
         *lines, "", *collision_table(records),
         f"`{run['command']}`, config {run['config_hash']}, revision {run['revision']}, Python {versions['python']}, "
         f"torch {versions['torch']}, {versions['device']}.", "",
-    ])  # fmt: skip
+    ])
     write_atomically(out / "report.md", text.encode())
     figure(out / "report.png", rows)
     return text
@@ -1464,7 +1470,7 @@ def figure(path: Path, rows: dict) -> None:
                 continue
             (x, dx) = interval([100 * v for v in row["target_accuracy"]])
             panel.errorbar(x, y, np.nan_to_num(dy), np.nan_to_num(dx), marker="os^Dv<>ph*Xd"[i % 12], capsize=2, lw=1,
-                           color="k" if model in REFERENCES else f"C{i % 10}")  # fmt: skip
+                           color="k" if model in REFERENCES else f"C{i % 10}")
             panel.annotate(model.removeprefix("disposed:"), (x, y), (4, 4), textcoords="offset points", fontsize=8)
         panel.set(xlabel="target accuracy, % (right is better)", ylabel="PL accuracy, % (down is better)", title=task)
     chart.savefig(path, dpi=120)
@@ -1480,7 +1486,7 @@ def resolve_device(gpu: int | None) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise DTLError(f"--gpu {gpu}: this PyTorch ({torch.__version__}) sees no CUDA device; install a CUDA build and "
-                       "driver, or leave --gpu out to run on the CPU")  # fmt: skip
+                       "driver, or leave --gpu out to run on the CPU")
     if not 0 <= gpu < torch.cuda.device_count():
         raise DTLError(f"--gpu {gpu}: the CUDA devices here are numbered 0..{torch.cuda.device_count() - 1}")
     torch.backends.cudnn.benchmark = True
@@ -1489,15 +1495,15 @@ def resolve_device(gpu: int | None) -> torch.device:
 
 def versions_of(device: torch.device) -> dict[str, str]:
     name = f"GPU {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else (
-        f"CPU, {torch.get_num_threads()} threads, {platform.machine()}")  # fmt: skip
+        f"CPU, {torch.get_num_threads()} threads, {platform.machine()}")
     return {"dtl": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "device": name}  # fmt: skip
+            "device": name}
 
 
 def git_revision() -> str:
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True, timeout=10,
-                              capture_output=True, check=True).stdout.strip()  # fmt: skip
+                              capture_output=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -1548,7 +1554,7 @@ def experiment_options(command: Callable) -> Callable:
         click.option("--seeds", default="0", callback=parse_seeds, help="Seeds, as in 0,1,2.", show_default=True),
         click.option("--gpu", type=int, help="CUDA device; the CPU if left out."),
         click.option("--preset", type=click.Choice(list(PRESETS)), help="Default: demo, or cifar with --gpu."),
-    ):  # fmt: skip
+    ):
         command = option(command)
     return command
 
@@ -1569,11 +1575,11 @@ STAGES = {
 
 
 def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], methods: list[str], out: Path, data_dir: Path,
-        save_every: float, **given: Any) -> None:  # fmt: skip
+        save_every: float, **given: Any) -> None:
     preset = preset or ("demo" if gpu is None else "cifar")
     settings = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
-    if "forget_weights" in PRESETS[preset] and given["forget_weights"]:
-        settings["forget_weights"] = PRESETS[preset]["forget_weights"] + "," + given["forget_weights"]
+    if given["forget_weights"]:
+        settings["forget_weights"] = PRESETS[preset].get("forget_weights", "") + "," + given["forget_weights"]
     config, device = Config(**settings), resolve_device(gpu)
     experiments = [Experiment(config, seed, device, out, data_dir, save_every) for seed in seeds]
     models = {"pretrain": ["pretrained"], "transfer": ["transferred"]}.get(stage, [f"disposed:{m}" for m in methods])
@@ -1585,15 +1591,16 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
     versions, tasks = versions_of(device), experiments[0].check_tasks()
     command = "python dtl.py " + " ".join(sys.argv[1:])
     click.echo(f"{command}\nrevision {git_revision()}, Python {versions['python']}, torch {versions['torch']}, "
-               f"{versions['device']}\npreset {preset}, seeds {seeds}, config {experiments[0].config_hash}\nnative routine: {native_routine()[1]}")  # fmt: skip
+               f"{versions['device']}\npreset {preset}, seeds {seeds}, config {experiments[0].config_hash}\n"
+               f"native routine: {native_routine()[1]}")
     for name, value in asdict(config).items():
         click.echo(f"  {name:<18} {value}")
     for name, task in tasks.items():
         click.echo(f"  {name:<18} {len(task.y)} training, {len(task.y_test)} {config.split} images, {task.classes} classes, "
-                   f"{task.x.shape[2]}x{task.x.shape[3]}")  # fmt: skip
+                   f"{task.x.shape[2]}x{task.x.shape[3]}")
     run_record = dict(command=command, started=time.time(), config_hash=experiments[0].config_hash, preset=preset,
                       seeds=seeds, methods=methods, settings=asdict(config), versions=versions, revision=git_revision(),
-                      data={})  # fmt: skip
+                      data={})
     for experiment in experiments:
         run_record["data"][experiment.seed] = {n: t.fingerprint for n, t in experiment.check_tasks().items()}
     path = out / f"run-{experiments[0].config_hash}.json"

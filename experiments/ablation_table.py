@@ -20,7 +20,8 @@ for path in sorted(out.glob("run-*.json"), key=lambda p: json.loads(p.read_text(
     for task in dtl.PIGGYBACK_TASKS:
         cells += [f"{100 * gc[f'pl {task}']:.1f}", f"{gc[f'leak {task}']:.2f}"]
     lines.append("| " + " | ".join(cells) + " |")
-head = "similarity | head | chunks | target acc. % | change | source acc. % | PL source-subset % | leak | PL downstream % | leak"
+head = "similarity | head | chunks | target acc. % | change | source acc. %"
+head += "".join(f" | PL {task} % | leak" for task in dtl.PIGGYBACK_TASKS)
 print(f"| {head} |\n" + "|---" * 10 + "|\n" + "\n".join(lines))
 print(f"\nSeed 0, {run['settings']['dispose_steps']} disposal steps, weights {run['settings']['forget_weights']}, "
       f"revision {run['revision']}, torch {run['versions']['torch']}, {run['versions']['device']}.")

@@ -99,7 +99,7 @@ def test_report_of_nothing(dtl_command, tmp_path):
 
 def test_pretraining_that_diverges_stops(arguments, dtl_command, tmp_path):
     result = dtl_command(*arguments("pretrain", tmp_path, pretrain_lr=1e38))
-    assert_one_error(result, "pretrained: step 1 of 6", "not finite", "loss nan")
+    assert_one_error(result, "pretrained: step 1 of 6", "finite", "loss nan")
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
@@ -108,7 +108,7 @@ def test_disposal_that_diverges_stops(method, arguments, dtl_command, tmp_path, 
     out = shutil.copytree(finished.out, tmp_path / "out")
     given = dict(dispose_lr=1e38, fresh_lr=1e38, methods=[method])
     result = dtl_command(*arguments("dispose", out, **given))
-    assert_one_error(result, f"disposed:{method}: step 1 of 4", "not finite", "retain nan")
+    assert_one_error(result, f"disposed:{method}: step 1 of 4", "finite", "retain nan")
 
 
 @pytest.mark.parametrize("method", ["uniform", "gc"])

@@ -49,7 +49,7 @@ def test_results_do_not_depend_on_what_ran_before(finished, arguments, dtl_comma
 def test_changed_data_is_measured_again(npz, arguments, dtl_command, records, tmp_path):
     """The same file name, other images: no checkpoint and no result of the old ones is given out as theirs."""
     rng = np.random.default_rng(0)
-    for again in range(2):
+    for _ in range(2):
         path = npz(x_train=rng.integers(0, 256, (30, 8, 8, 3), np.uint8))
         dtl.load_set.cache_clear()
         result = dtl_command(*arguments("pretrain", tmp_path / "out", source=f"{path}[0:3]"))
