@@ -893,7 +893,7 @@ def dispose(
             loss = distillation(student(x), teacher(x), temperature)
         (retain_weight * loss).backward()
         terms = {"retain": loss.item()}
-        if forget is None and not fresh:
+        if (forget is None and not fresh) or not math.isfinite(terms["retain"]):  # the latter stops the stage
             return terms
         x, y = batch(source, chunks * chunk_size, step, stream(seed, "source"), generator)
         with running_statistics_kept(student):

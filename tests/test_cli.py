@@ -43,6 +43,7 @@ def assert_one_error(result, *named):
     (dict(seeds=""), "--seeds"),
     (dict(methods=["gc", "nosuch"]), "'nosuch'"),
     (dict(forget_weights="gc=nan"), "'gc=nan'"),
+    (dict(forget_weights="gc=inf"), "'gc=inf'"),
     (dict(forget_weights="gc=-1"), "'gc=-1'"),
     (dict(forget_weights="gc"), "'gc'"),
     (dict(forget_weights="nosuch=1"), "'nosuch'"),

@@ -36,6 +36,7 @@ def test_commands_run(command, tmp_path):
         arguments.append("--help")  # takes a minute; tests/test_cli.py runs it small
     if name in dtl.STAGES:
         arguments += [*TINY, "--out", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "none")]
+        arguments += [] if "--methods" in arguments else ["--methods", "gc"]
     elif name == "data":
         arguments += ["--data-dir", str(tmp_path / "none")]
     elif name == "report":
