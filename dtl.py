@@ -25,6 +25,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -533,9 +534,9 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             raise DTLError(f"{path}: y_{part} must be integers of shape ({len(images)},), one an image, "
                            f"not {labels.dtype} {labels.shape}")
-        if labels.min() < 0 or labels.max() >= len(labels):
+        if labels.min() < 0 or labels.max() >= 1 << 20:
             wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise DTLError(f"{path}: y_{part} holds the label {wrong}; labels count from 0, and every class has images")
+            raise DTLError(f"{path}: y_{part} holds the label {wrong}; labels count from 0, to at most {(1 << 20) - 1}")
     if x.shape[1:] != x_test.shape[1:]:
         raise DTLError(f"{path}: x_train holds {x.shape[1:]} images, x_test {x_test.shape[1:]}")
     nchw = (np.ascontiguousarray(images.transpose(0, 3, 1, 2)) for images in (x, x_test))
@@ -579,7 +580,7 @@ def fetch(name: str, data_dir: Path) -> Path:
         socket.setdefaulttimeout(60)
         try:
             torch.hub.download_url_to_file(address, str(archive), hash_prefix=sha256, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:  # RuntimeError: the checksum does not match
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: a wrong checksum
             raise DTLError(f"cannot download {address} ({error}); try again, or put the unpacked folder {folder} into "
                            f"{data_dir}") from None
     with archive.open("rb") as file:
@@ -1129,7 +1130,7 @@ class Results:
             return []
         records = {}
         for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
                 record = json.loads(line)
                 if config in (None, record["config"]):
                     records[self.identity(record)] = record
@@ -1139,9 +1140,9 @@ class Results:
     def identity(record: dict) -> tuple:
         return tuple(record.get(k) for k in ("config", "seed", "model", "metric", "task", "step"))
 
-    def append(self, record: dict) -> None:
+    def append(self, records: list[dict]) -> None:
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        append(self.path, ("\n" if torn else "") + json.dumps(record) + "\n")
+        append(self.path, ("\n" if torn else "") + "".join(json.dumps(record) + "\n" for record in records))
 
 
 def append(path: Path, text: str) -> None:
@@ -1167,7 +1168,9 @@ class Experiment:
                  save_every: float = 30.0) -> None:
         self.config, self.seed, self.device, self.out, self.data_dir = config, seed, device, out, data_dir
         self.save_every, self.results = save_every, Results(out)
-        self.config_hash = digest([asdict(config), *self.environment()])[:10]
+        own = {Path(task.split("[")[0].split("@")[0]) for task in (config.source, config.target, config.downstream)}
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(own) if path.is_file()]  # a user's .npz
+        self.config_hash = digest([asdict(config), *self.environment(), *files])[:10]
         self.models: dict[str, Model] = {}
         self.printed = 0.0
 
@@ -1302,17 +1305,17 @@ class Experiment:
         for known in self.results.read(self.config_hash):
             if Results.identity(known) == Results.identity(record) and known.get("key") == record["key"]:
                 return known["value"]
+        noted = []
         if metric == "pl_accuracy":
             state = self.stage(f"piggyback {name} {task}")
             value = state["value"]
-            for note in state["notes"]:
-                for statistic in ("mean_cosine", "mean_dot", "collision_rate"):
-                    self.results.append(record | {"metric": statistic, "step": note["step"], "value": note[statistic]})
+            noted = [record | {"metric": name, "step": note["step"], "value": note[name]} for note in state["notes"]
+                          for name in ("mean_cosine", "mean_dot", "collision_rate")]
         elif metric == "target_accuracy":
             value = accuracy(self.model(name), self.task("target"))
         else:  # source_accuracy, with the stored source head
             value = accuracy(Model(self.model(name).backbone, self.model("pretrained").head), self.task("source"))
-        self.results.append(record | {"value": value} | ({"is": name} if model == "oracle" else {}))
+        self.results.append([*noted, record | {"value": value} | ({"is": name} if model == "oracle" else {})])
         return value
 
     def log(self, row: dict) -> None:
@@ -1379,8 +1382,11 @@ def report(out: Path, config: str | None) -> str:
     """Write report.md (and report.png if matplotlib is there) of one config, the last run's by default."""
     runs = {}
     for path in out.glob("run-*.json"):
-        run = json.loads(path.read_text())
-        runs[run["config_hash"]] = run
+        try:
+            run = json.loads(path.read_text())
+            runs[run["config_hash"]] = run
+        except (ValueError, KeyError, TypeError):
+            click.echo(f"warning: {path} is damaged; passed over", err=True)
     if not runs:
         raise DTLError(f"--out {out}: no run to report; `python dtl.py all --out {out}` makes one")
     if config and config not in runs:
@@ -1518,7 +1524,8 @@ def one_line_errors(command: Callable) -> Callable:
         except torch.OutOfMemoryError as error:
             raise click.ClickException(f"out of GPU memory, try a smaller --batch-size: {str(error).splitlines()[0]}") from None
         except KeyboardInterrupt as interrupt:
-            click.echo(f"\ninterrupted: {interrupt}; finished stages are saved; the same command goes on from there", err=True)
+            click.echo(f"\ninterrupted: {interrupt or 'between stages'}; finished stages are saved; the same command goes on "
+                       "from there", err=True)
             sys.exit(130)
 
     return run
@@ -1604,6 +1611,9 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
     for experiment in experiments:
         run_record["data"][experiment.seed] = {n: t.fingerprint for n, t in experiment.check_tasks().items()}
     path = out / f"run-{experiments[0].config_hash}.json"
+    for stale in out.rglob("*.tmp"):  # of writes that were killed
+        if time.time() - stale.stat().st_mtime > 3600:
+            stale.unlink(missing_ok=True)
     write_atomically(path, json.dumps(run_record, indent=1).encode())
     for experiment in experiments:
         for model in models:

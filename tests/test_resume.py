@@ -247,5 +247,5 @@ def test_a_line_cut_short_is_passed_over(finished, tmp_path, records):
     for cut in (1, len(lines[-1]) // 2, len(lines[-1]) - 2):
         (out / "results.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:cut])
         assert len(dtl.Results(out).read()) == len(lines) - 1
-        dtl.Results(out).append(dict(config="c", seed=0, model="m", metric="x", value=1))
+        dtl.Results(out).append([dict(config="c", seed=0, model="m", metric="x", value=1)])
         assert len(dtl.Results(out).read()) == len(lines)
