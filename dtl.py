@@ -15,7 +15,18 @@ data, and the accuracy reached is the PL accuracy. Lower is better.
     python dtl.py all --gpu 0               # CIFAR-100 -> CIFAR-10, ResNet-18
     python dtl.py --help
 
-EVIDENCE
+EVIDENCE (python dtl.py all --preset cifar-small --seeds 0,1,2; experiments/cifar-small)
+
+CIFAR-100 classes 0..79 -> 500 images of CIFAR-10, 16x16 pixels, 8-layer ResNet, CPU, one thread a run, torch 2.13.0; three
+seeds, mean and 95% t-interval, in about one core-hour. Leak: 0 is a model that never saw the source, 1 the transferred one.
+
+    target accuracy, change   leak, source subset   leak, new downstream data
+    gc        -1.4 +- 1.0 %      -0.24 +- 0.23          0.02 +- 0.20
+    gc-fresh  -1.1 +- 2.8 %      -0.15 +- 0.06         -0.05 +- 0.54
+    best rival by mean leak (random-labels)
+              +0.3 +- 1.5 %       0.04 +- 0.16          0.44 +- 0.22
+
+Against one fixed attacker: "resists this attacker", never "erased".
 
 No official code is public and this file was written from the paper's abstract. What the abstract leaves open is marked
 `# OUR READING` where it is decided, and listed in the README. No number here is the paper's.

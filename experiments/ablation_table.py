@@ -8,9 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dtl
 
 out = Path(sys.argv[1])
-lines, run = [], None
-for path in sorted(out.glob("run-*.json"), key=lambda p: json.loads(p.read_text())["started"]):
-    run = json.loads(path.read_text())
+lines, runs = [], [json.loads(path.read_text()) for path in out.glob("run-*.json")]
+runs.sort(key=lambda run: (run["settings"]["similarity"] != "dot", run["settings"]["gc_head"], run["settings"]["chunks"]))
+for run in runs:
     settings, rows = run["settings"], dtl.summarise(dtl.Results(out).read(run["config_hash"]))
     if "disposed:gc" not in rows:
         continue
