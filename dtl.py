@@ -449,9 +449,7 @@ class Task:
 def load_task(name: str, config: Config, seed: int, data_dir: Path, device: torch.device) -> Task:
     """The task `SET[CLASSES]@PER_CLASS`: labels renumbered from 0, PER_CLASS training images a class drawn by `seed`
     (a smaller draw is part of a larger one), test images all kept. DTLError if there is no such task."""
-    match = re.fullmatch(r"(?P<set>[^\[\]@]+)(\[(?P<classes>[^\[\]@]*)\])?(@(?P<per_class>\d+))?", name)
-    if not match:
-        raise DTLError(f"task {name!r}: not of the form SET[CLASSES]@PER_CLASS, as in cifar100[0:80]@50")
+    match = parse_task(name)
     x, y, x_test, y_test = load_set(match["set"], data_dir, config.split)
     chosen = select_classes(name, match["classes"], int(max(y.max(), y_test.max())) + 1)
     order = np.random.default_rng(stream(seed, "draw", match["set"])).permutation(len(y))
@@ -473,6 +471,14 @@ def load_task(name: str, config: Config, seed: int, data_dir: Path, device: torc
             torch.tensor([len(i) for i in indices]))]
     fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in sets)).hexdigest()
     return Task(name, *(t.to(device) for t in sets), classes=len(chosen), fingerprint=fingerprint)
+
+
+def parse_task(name: str) -> re.Match:
+    """SET[CLASSES]@PER_CLASS as the groups `set`, `classes`, `per_class`; the latter two None where left out."""
+    match = re.fullmatch(r"(?P<set>[^\[\]@]+)(\[(?P<classes>[^\[\]@]*)\])?(@(?P<per_class>\d+))?", name)
+    if not match:
+        raise DTLError(f"task {name!r}: not of the form SET[CLASSES]@PER_CLASS, as in cifar100[0:80]@50")
+    return match
 
 
 def select_classes(task: str, text: str | None, count: int) -> list[int]:
@@ -1007,6 +1013,7 @@ METHODS = {
     "gc-fresh": Method(gradient_collision, fresh=True),
 }
 REFERENCES = ("scratch", "random", "oracle", "pretrained", "transferred")
+REPORTED = (*REFERENCES, *(f"disposed:{m}" for m in METHODS))  # the rows of every table, in order
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1090,7 +1097,7 @@ class Watch:
         self.name, self.device, self.save_every, self.log = name, device, save_every, log
         self.path = path and path.with_suffix(".part.pt")
         self.began = self.saved = time.monotonic()
-        self.saved_step = self.at = self.steps = 0
+        self.saved_step = self.at = 0
         self.notes: list[dict[str, float]] = []  # kept with the stage's result
 
     def resume(self) -> dict | None:
@@ -1101,7 +1108,7 @@ class Watch:
 
     @contextlib.contextmanager
     def bar(self, first: int, steps: int) -> Iterator[Callable[[int], None]]:
-        self.at, self.steps = first, steps
+        self.at = first
         try:
             if sys.stderr.isatty():
                 with click.progressbar(length=steps, label=f"{self.name:<42}", file=sys.stderr, update_min_steps=5) as bar:
@@ -1179,7 +1186,7 @@ class Experiment:
                  save_every: float = 30.0) -> None:
         self.config, self.seed, self.device, self.out, self.data_dir = config, seed, device, out, data_dir
         self.save_every, self.results = save_every, Results(out)
-        own = {Path(task.split("[")[0].split("@")[0]) for task in (config.source, config.target, config.downstream)}
+        own = {Path(parse_task(task)["set"]) for task in (config.source, config.target, config.downstream)}
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(own) if path.is_file()]  # a user's .npz
         self.config_hash = digest([asdict(config), *self.environment(), *files])[:10]
         self.models: dict[str, Model] = {}
@@ -1290,8 +1297,7 @@ class Experiment:
         aim = self.measure("transferred", "target_accuracy")
         if self.measure("scratch", "target_accuracy") >= aim:
             return "scratch"
-        per_class = re.search(r"@(\d+)$", self.config.target)
-        n = int(per_class[1]) if per_class else None
+        n = int(parse_task(self.config.target)["per_class"] or 0)
         while n:
             n = math.ceil(n * 1.5)
             try:
@@ -1320,8 +1326,8 @@ class Experiment:
         if metric == "pl_accuracy":
             state = self.stage(f"piggyback {name} {task}")
             value = state["value"]
-            noted = [record | {"metric": name, "step": note["step"], "value": note[name]} for note in state["notes"]
-                          for name in ("mean_cosine", "mean_dot", "collision_rate")]
+            noted = [record | {"metric": statistic, "step": note["step"], "value": note[statistic]} for note in state["notes"]
+                     for statistic in ("mean_cosine", "mean_dot", "collision_rate")]
         elif metric == "target_accuracy":
             value = accuracy(self.model(name), self.task("target"))
         else:  # source_accuracy, with the stored source head
@@ -1358,14 +1364,14 @@ def summarise(records: list[dict]) -> dict[str, dict[str, list[float]]]:
     task `pl TASK` and `leak TASK` = (PL - zero) / (PL of transferred - zero), zero being oracle, or scratch."""
     value = {(r["seed"], r["model"], r["metric"], r["task"]): r["value"] for r in records}
     seeds = sorted({r["seed"] for r in records})
-    names = [*REFERENCES, *(f"disposed:{m}" for m in METHODS)]
+    zero_model = zero_of(records)
     rows: dict[str, dict[str, list[float]]] = {}
 
     def put(model: str, column: str, number: float | None) -> None:
         if number is not None:
             rows.setdefault(model, {}).setdefault(column, []).append(number)
 
-    for model in names:
+    for model in REPORTED:
         for seed in seeds:
             for metric in ("target_accuracy", "source_accuracy"):
                 put(model, metric, value.get((seed, model, metric, None)))
@@ -1376,7 +1382,7 @@ def summarise(records: list[dict]) -> dict[str, dict[str, list[float]]]:
                 pl = value.get((seed, model, "pl_accuracy", task))
                 put(model, f"pl {task}", pl)
                 top = value.get((seed, "transferred", "pl_accuracy", task))
-                zero = value.get((seed, zero_of(records), "pl_accuracy", task))
+                zero = value.get((seed, zero_model, "pl_accuracy", task))
                 if None not in (pl, top, zero) and top > zero:
                     put(model, f"leak {task}", (pl - zero) / (top - zero))
     return rows
@@ -1450,7 +1456,7 @@ def collision_table(records: list[dict]) -> list[str]:
     that of `transferred` or `random`, the attacker has walked out of it."""
     steps = sorted({r["step"] for r in records if r["metric"] == "mean_cosine"})
     lines = []
-    for model in [*REFERENCES, *(f"disposed:{m}" for m in METHODS)]:
+    for model in REPORTED:
         cells = []
         for task in PIGGYBACK_TASKS:
             for step in steps:
@@ -1559,14 +1565,18 @@ def parse_methods(context: click.Context, option: click.Parameter, text: str) ->
     return methods
 
 
+out_option = click.option("--out", type=click.Path(path_type=Path), default="runs", envvar="DTL_OUT")
+data_dir_option = click.option("--data-dir", type=click.Path(path_type=Path), default="data", envvar="DTL_DATA_DIR")
+
+
 def experiment_options(command: Callable) -> Callable:
     for f in reversed(fields(Config)):
         kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type
         command = click.option("--" + f.name.replace("_", "-"), f.name, type=kind, help=f.metadata["doc"] + ".")(command)
     for option in (
         click.option("--save-every", default=30.0, help="Seconds between saves within a stage.", show_default=True),
-        click.option("--data-dir", type=click.Path(path_type=Path), default="data", envvar="DTL_DATA_DIR"),
-        click.option("--out", type=click.Path(path_type=Path), default="runs", envvar="DTL_OUT"),
+        data_dir_option,
+        out_option,
         click.option("--methods", default=",".join(METHODS), callback=parse_methods, show_default=True,
                      help="Disposal methods."),
         click.option("--seeds", default="0", callback=parse_seeds, help="Seeds, as in 0,1,2.", show_default=True),
@@ -1606,9 +1616,9 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
     elif stage == "all":
         models = [*REFERENCES, *models]
 
-    versions, tasks = versions_of(device), experiments[0].check_tasks()
+    versions, revision, tasks = versions_of(device), git_revision(), experiments[0].check_tasks()
     command = "python dtl.py " + " ".join(sys.argv[1:])
-    click.echo(f"{command}\nrevision {git_revision()}, Python {versions['python']}, torch {versions['torch']}, "
+    click.echo(f"{command}\nrevision {revision}, Python {versions['python']}, torch {versions['torch']}, "
                f"{versions['device']}\npreset {preset}, seeds {seeds}, config {experiments[0].config_hash}\n"
                f"native routine: {native_routine()[1]}")
     for name, value in asdict(config).items():
@@ -1617,7 +1627,7 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
         click.echo(f"  {name:<18} {len(task.y)} training, {len(task.y_test)} {config.split} images, {task.classes} classes, "
                    f"{task.x.shape[2]}x{task.x.shape[3]}")
     run_record = dict(command=command, started=time.time(), config_hash=experiments[0].config_hash, preset=preset,
-                      seeds=seeds, methods=methods, settings=asdict(config), versions=versions, revision=git_revision(),
+                      seeds=seeds, methods=methods, settings=asdict(config), versions=versions, revision=revision,
                       data={})
     for experiment in experiments:
         run_record["data"][experiment.seed] = {n: t.fingerprint for n, t in experiment.check_tasks().items()}
@@ -1628,8 +1638,6 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
     write_atomically(path, json.dumps(run_record, indent=1).encode())
     for experiment in experiments:
         for model in models:
-            if stage == "pretrain" or model not in ("random", "pretrained"):
-                pass
             if model not in ("random", "pretrained"):
                 experiment.measure(model, "target_accuracy")
             if model in ("pretrained", "transferred") or model.startswith("disposed:"):
@@ -1647,7 +1655,7 @@ for _stage, _help in STAGES.items():
 
 
 @main.command("report", help="The tables again, from what is in --out.")
-@click.option("--out", type=click.Path(path_type=Path), default="runs", envvar="DTL_OUT")
+@out_option
 @click.option("--config", help="Hash of the run to report; the last one if left out.")
 @one_line_errors
 def report_command(out: Path, config: str | None) -> None:
@@ -1655,7 +1663,7 @@ def report_command(out: Path, config: str | None) -> None:
 
 
 @main.command("data", help="Fetch and verify CIFAR-10 and CIFAR-100.")
-@click.option("--data-dir", type=click.Path(path_type=Path), default="data", envvar="DTL_DATA_DIR")
+@data_dir_option
 @one_line_errors
 def data_command(data_dir: Path) -> None:
     for name in ARCHIVES:
