@@ -36,20 +36,15 @@ import contextlib
 import copy
 import functools
 import hashlib
-import http.client
-import io
 import json
 import math
-import os
 import platform
 import re
-import socket
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -58,11 +53,11 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtl_data import ARCHIVES, Task, load_task, parse_task, read_archive
+from dtl_report import PIGGYBACK_TASKS, report
+from dtl_store import DTLError, Results, append, digest, load, save, stream, write_atomically
+
 __version__ = "0.1.0"
-
-
-class DTLError(ValueError):
-    """A mistake of the user's, or something missing on the machine, told in one line."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -416,262 +411,7 @@ def chunk_statistics(model: "Model", x: Tensor, y: Tensor, chunks: int = 4) -> d
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: tasks are named SET[CLASSES]@PER_CLASS; their images live as uint8 tensors on the device.
-
-ARCHIVES = {  # set: (address, sha256, folder, training files, test file, label bytes a record, which is the label)
-    "cifar10": (
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        "cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", 1, 0,
-    ),
-    "cifar100": (
-        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        "cifar-100-binary", ["train.bin"], "test.bin", 2, 1,
-    ),
-}
-ARCHIVE_RECORDS = 10000  # records in every file of both archives but cifar100's train.bin, which has 50000
-
-
-@dataclass(frozen=True)
-class Task:
-    """One classification task, on the device."""
-
-    name: str
-    x: Tensor  # (N, 3, H, W) uint8, training images
-    y: Tensor  # (N,) int64, 0 .. classes-1
-    x_test: Tensor  # (M, 3, H, W) uint8
-    y_test: Tensor  # (M,) int64
-    classes: int
-    fingerprint: str  # sha256 of all of the above
-
-
-def load_task(name: str, config: Config, seed: int, data_dir: Path, device: torch.device) -> Task:
-    """The task `SET[CLASSES]@PER_CLASS`: labels renumbered from 0, PER_CLASS training images a class drawn by `seed`
-    (a smaller draw is part of a larger one), test images all kept. DTLError if there is no such task."""
-    match = parse_task(name)
-    x, y, x_test, y_test = load_set(match["set"], data_dir, config.split)
-    chosen = select_classes(name, match["classes"], int(max(y.max(), y_test.max())) + 1)
-    order = np.random.default_rng(stream(seed, "draw", match["set"])).permutation(len(y))
-    kept, kept_test = [], []
-    for c in chosen:
-        of_class, of_class_test = order[y[order] == c], np.flatnonzero(y_test == c)
-        wanted = int(match["per_class"] or len(of_class))
-        if not (len(of_class) and len(of_class_test) and wanted):
-            raise DTLError(f"task {name}: class {c} is empty (training images {len(of_class)}, kept {wanted}, "
-                           f"test images {len(of_class_test)})")
-        if wanted > len(of_class):
-            raise DTLError(f"task {name}: class {c} has {len(of_class)} training images, not {wanted}")
-        kept.append(of_class[:wanted])
-        kept_test.append(of_class_test)
-    sets = []
-    for pixels, indices in ((x, kept), (x_test, kept_test)):
-        images = torch.from_numpy(pixels[np.concatenate(indices)])
-        sets += [shrink(images, config.image_size, name), torch.arange(len(indices)).repeat_interleave(
-            torch.tensor([len(i) for i in indices]))]
-    fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in sets)).hexdigest()
-    return Task(name, *(t.to(device) for t in sets), classes=len(chosen), fingerprint=fingerprint)
-
-
-def parse_task(name: str) -> re.Match:
-    """SET[CLASSES]@PER_CLASS as the groups `set`, `classes`, `per_class`; the latter two None where left out."""
-    match = re.fullmatch(r"(?P<set>[^\[\]@]+)(\[(?P<classes>[^\[\]@]*)\])?(@(?P<per_class>\d+))?", name)
-    if not match:
-        raise DTLError(f"task {name!r}: not of the form SET[CLASSES]@PER_CLASS, as in cifar100[0:80]@50")
-    return match
-
-
-def select_classes(task: str, text: str | None, count: int) -> list[int]:
-    """'0:80', '1,5,7' or None (all) -> class numbers."""
-    try:
-        if text is None:
-            chosen = list(range(count))
-        elif ":" in text:
-            start, stop, *step = (int(t) if t.strip() else None for t in text.split(":"))
-            chosen = list(range(start or 0, count if stop is None else stop, *(s or 1 for s in step)))
-        else:
-            chosen = [int(t) for t in text.split(",")]
-    except (ValueError, TypeError):
-        raise DTLError(f"task {task}: classes [{text}] are neither a slice like 0:80 nor a list like 1,5,7") from None
-    if len(chosen) < 2 or len(set(chosen)) < len(chosen) or min(chosen) < 0 or max(chosen) >= count:
-        raise DTLError(f"task {task}: classes [{text}] must be at least two, each once, of 0..{count - 1}")
-    return chosen
-
-
-def shrink(images: Tensor, size: int, task: str) -> Tensor:
-    """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8 by area averaging; size 0 leaves them as they are."""
-    height, width = images.shape[2:]
-    if size in (0, height) and (size == 0 or size == width):
-        return images
-    if size > min(height, width):
-        raise DTLError(f"task {task}: its images are {height}x{width}, smaller than --image-size {size}")
-    parts = [F.interpolate(part.float(), (size, size), mode="area").round().byte() for part in images.split(4096)]
-    return torch.cat(parts)
-
-
-@functools.lru_cache(maxsize=4)
-def load_set(name: str, data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x (N, 3, H, W) uint8, y (N,) int64 for training, then for measuring. With split 'validation' the latter are
-    the last tenth of each class's training images, which are taken out of the former; the test images stay unseen."""
-    if name == "shapes":
-        arrays = draw_shapes(SHAPES_TRAIN, seed=1) + draw_shapes(SHAPES_TEST, seed=2)
-    elif name in ARCHIVES:
-        arrays = read_archive(name, data_dir)
-    elif name.endswith(".npz"):
-        arrays = read_npz(Path(name))
-    else:
-        raise DTLError(f"no data set {name!r}: known are shapes, {', '.join(ARCHIVES)}, and a file ending in .npz")
-    if split == "validation":
-        x, y = arrays[:2]
-        held = np.zeros(len(y), bool)
-        for c in np.unique(y):
-            of_class = np.flatnonzero(y == c)
-            held[of_class[len(of_class) - max(1, len(of_class) // 10):]] = True
-        arrays = x[~held], y[~held], x[held], y[held]
-    return arrays
-
-
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A user's own data: x_train, x_test (N, H, W, 3) uint8; y_train, y_test (N,) integers from 0."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in file]
-            if missing:
-                raise DTLError(f"{path}: it has no {', '.join(missing)} (found: {', '.join(file) or 'nothing'})")
-            x, y, x_test, y_test = (file[k] for k in ("x_train", "y_train", "x_test", "y_test"))
-    except FileNotFoundError:
-        raise DTLError(f"{path}: no such file") from None
-    except DTLError:
-        raise
-    except Exception as error:  # numpy raises a dozen kinds for a damaged file
-        raise DTLError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from None
-    for part, images, labels in (("train", x, y), ("test", x_test, y_test)):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-            raise DTLError(f"{path}: x_{part} must be uint8 of shape (N, H, W, 3), not {images.dtype} {images.shape}")
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise DTLError(f"{path}: y_{part} must be integers of shape ({len(images)},), one an image, "
-                           f"not {labels.dtype} {labels.shape}")
-        if labels.min() < 0 or labels.max() >= 1 << 20:
-            wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise DTLError(f"{path}: y_{part} holds the label {wrong}; labels count from 0, to at most {(1 << 20) - 1}")
-    if x.shape[1:] != x_test.shape[1:]:
-        raise DTLError(f"{path}: x_train holds {x.shape[1:]} images, x_test {x_test.shape[1:]}")
-    nchw = (np.ascontiguousarray(images.transpose(0, 3, 1, 2)) for images in (x, x_test))
-    return next(nchw), y.astype(np.int64), next(nchw), y_test.astype(np.int64)
-
-
-def read_archive(name: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """CIFAR from its official binary files: records of 1 or 2 label bytes and 3072 pixel bytes, planes R, G, B."""
-    _, _, folder, train, test, label_bytes, label_at = ARCHIVES[name]
-    fetch(name, data_dir)
-    arrays = []
-    for files in (train, [test]):
-        records = []
-        for file in files:
-            path, length = data_dir / folder / file, label_bytes + 3072
-            data = np.fromfile(path, np.uint8)
-            expected = ARCHIVE_RECORDS * (5 if file == "train.bin" else 1) * length
-            if len(data) != expected:
-                raise DTLError(f"{path}: {len(data)} bytes, not {expected}: truncated or another file; delete the folder "
-                               f"{data_dir / folder} and run `python dtl.py data`")
-            records.append(data.reshape(-1, length))
-        records = np.concatenate(records)
-        arrays += [records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_at].astype(np.int64)]
-    return tuple(arrays)
-
-
-def fetch(name: str, data_dir: Path) -> Path:
-    """The unpacked folder of a CIFAR set: used as it is if there, else downloaded, verified and unpacked."""
-    address, sha256, folder, train, test, *_ = ARCHIVES[name]
-    destination, archive = data_dir / folder, data_dir / address.rsplit("/", 1)[1]
-    if destination.is_dir():
-        absent = [f for f in (*train, test) if not (destination / f).is_file()]
-        if absent:
-            raise DTLError(f"{destination}: {', '.join(absent)} missing; delete the folder and run `python dtl.py data`")
-        return destination
-    data_dir.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        click.echo(f"downloading {address} to {archive}", err=True)
-        for stale in data_dir.glob(f"{archive.name}.*.partial"):
-            stale.unlink()  # of a download that was killed: it is begun again
-        socket.setdefaulttimeout(60)
-        try:
-            torch.hub.download_url_to_file(address, str(archive), hash_prefix=sha256, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: a wrong checksum
-            raise DTLError(f"cannot download {address} ({error}); try again, or put the unpacked folder {folder} into "
-                           f"{data_dir}") from None
-    with archive.open("rb") as file:
-        found = hashlib.sha256()
-        while block := file.read(1 << 20):
-            found.update(block)
-    if found.hexdigest() != sha256:
-        raise DTLError(f"{archive}: sha256 {found.hexdigest()}, not {sha256}: truncated or altered; delete it and run "
-                       "`python dtl.py data`")
-    unpacked = data_dir / f"{folder}.{os.getpid()}.partial"
-    unpacked.mkdir(exist_ok=True)
-    with tarfile.open(archive) as tar:
-        for member in tar:  # only the names we want, as plain files: nothing can land elsewhere
-            if member.isfile() and Path(member.name).name in (*train, test):
-                (unpacked / Path(member.name).name).write_bytes(tar.extractfile(member).read())
-    os.replace(unpacked, destination)
-    return destination
-
-
-# `shapes`: eight contours (class % 8) in four textures (class // 8: filled, striped, grey outlines, chequered);
-# position, angle, size, colours, clutter and noise vary. So `demo` goes from pictures to sketches.
-SHAPES_SIZE, SHAPES_TRAIN, SHAPES_TEST = 16, 400, 100  # pixels a side, images a class
-
-
-def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """x (32 * per_class, 3, 16, 16) uint8 and y int64."""
-    rng = np.random.default_rng(seed)
-    y = np.repeat(np.arange(32), per_class)
-    n, size = len(y), SHAPES_SIZE
-
-    def uniform(low: float, high: float, *shape: int) -> np.ndarray:
-        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
-
-    grid = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
-    angle, radius, shift = uniform(0, 2 * np.pi, 1, 1), uniform(0.55, 0.85, 1, 1), uniform(-0.2, 0.2, 2, 1, 1)
-    dx, dy = (grid[None, None, :] - shift[:, 0]) / radius, (grid[None, :, None] - shift[:, 1]) / radius
-    u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
-    r, theta = np.hypot(u, v), np.arctan2(v, u)
-    au, av = np.abs(u), np.abs(v)
-    contours = [  # negative inside
-        lambda i: r[i] - 0.9,  # disc
-        lambda i: np.maximum(au[i], 2.2 * av[i]) - 1,  # bar
-        lambda i: r[i] * np.cos((theta[i] + np.pi) % (2 * np.pi / 3) - np.pi / 3) - 0.55,  # triangle
-        lambda i: np.maximum(au[i], av[i]) - 0.8,  # square
-        lambda i: r[i] - 0.7 - 0.3 * np.cos(5 * theta[i]),  # star
-        lambda i: np.minimum(np.maximum(au[i], 3 * av[i]), np.maximum(av[i], 3 * au[i])) - 1,  # cross
-        lambda i: np.maximum(r[i] - 1, 0.75 - np.hypot(u[i] - 0.6, v[i])),  # crescent
-        lambda i: r[i] - 0.65 - 0.35 * np.cos(3 * theta[i]),  # trefoil
-    ]
-    textures = [  # negative where painted
-        lambda i, f: f,
-        lambda i, f: np.maximum(f, np.sin(9 * u[i])),  # stripes
-        lambda i, f: np.maximum(f, -f - 0.35),  # outline
-        lambda i, f: np.maximum(f, np.sin(7 * u[i]) * np.sin(7 * v[i])),  # chequers
-    ]
-    mask = np.empty((n, size, size), np.float32)
-    for c in range(32):
-        i = y == c
-        mask[i] = textures[c // 8](i, contours[c % 8](i))
-    mask = np.clip(0.5 - mask * radius * (size / 4), 0, 1)[:, None]  # soft edges
-    ground, paint = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
-    paint = np.where(np.abs(paint - ground) < 0.25, (ground + 0.5) % 1, paint)
-    sketch, grey = (y // 8 == 2)[:, None, None, None], uniform(0, 1, 1, 1, 1)
-    ground = np.where(sketch, grey, ground)
-    paint = np.where(sketch, (grey + uniform(0.35, 0.65, 1, 1, 1)) % 1, paint)
-    x = ground + uniform(-0.3, 0.3, 3, 1, 1) * grid[None, None, None, :] + uniform(-0.3, 0.3, 3, 1, 1) * grid[:, None]
-    for _ in range(3):  # clutter: small discs under the shape
-        cx, cy, cr = uniform(-1, 1, 1, 1, 1), uniform(-1, 1, 1, 1, 1), uniform(0.1, 0.3, 1, 1, 1)
-        disc = np.hypot(grid[None, None, None, :] - cx, grid[:, None] - cy) < cr
-        x = np.where(disc, uniform(0, 1, 3, 1, 1), x)
-    x = x * (1 - mask) + paint * mask
-    x = np.where(sketch, x.mean(1, keepdims=True), x)
-    x = x + rng.normal(0, 0.08, x.shape).astype(np.float32)
-    return (np.clip(x, 0, 1) * 255).astype(np.uint8), y
+# Images on the device, and networks
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -691,10 +431,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def normalise(images: Tensor) -> Tensor:
     """uint8 -> float32 about [-2, 2]. Constants, so that no task's statistics reach a model that never saw it."""
     return (images.float() - 127.5) / 63.75
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks
 
 
 class Block(nn.Module):
@@ -809,13 +545,17 @@ class Schedule:
 
 def optimise(
     model: nn.Module, loss_terms: Callable[[int, torch.Generator], dict[str, float]], schedule: Schedule, seed: int,
-    watch: "Watch",
+    watch: "Watch", attacker: "Attacker | None" = None,
 ) -> None:
     """Run a stage. `loss_terms(step, generator)` backpropagates and returns the loss's terms for the log. The
-    generator is seeded anew by (seed, step): a stage resumes from its step number, parameters and momentum alone."""
+    generator is seeded anew by (seed, step): a stage resumes from its step number, parameters and momentum alone.
+    An attacker of the audit may bring another optimiser and a larger first step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, schedule.lr, momentum=0.9, nesterov=True,
-                                weight_decay=schedule.weight_decay)
+    if attacker and attacker.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, schedule.lr, weight_decay=schedule.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(parameters, schedule.lr, momentum=0.9, nesterov=True,
+                                    weight_decay=schedule.weight_decay)
     generator = torch.Generator(parameters[0].device)
     first = 0
     if saved := watch.resume():
@@ -825,7 +565,8 @@ def optimise(
     model.train()
     with watch.bar(first, schedule.steps) as advance:
         for step in range(first, schedule.steps):
-            optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
+            jump = attacker is not None and step == 0 and attacker.first_step
+            optimizer.param_groups[0]["lr"] = jump * schedule.lr if jump else schedule.lr_at(step)
             optimizer.zero_grad()
             try:
                 terms = loss_terms(step, generator.manual_seed(stream(seed, step)))
@@ -855,22 +596,29 @@ def epoch_order(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def learn(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: "Watch",
-          inspect_at: Sequence[int] = ()) -> Model:
-    """A new head on the backbone, then cross entropy over the whole network (the backbone is changed in place). The
-    statistics of chunk gradients are noted at the steps `inspect_at`."""
-    head = new_head(backbone.features, task.classes, torch.Generator(task.x.device).manual_seed(stream(seed, "head")))
-    model = Model(backbone, head)
+def fit(model: "Model", task: Task, schedule: Schedule, seed: int, watch: "Watch", inspect_at: Sequence[int] = (),
+        attacker: "Attacker | None" = None) -> None:
+    """Cross entropy over all that is not frozen. The statistics of chunk gradients are noted at the steps `inspect_at`, in
+    an audit with the test accuracy so far."""
 
     def loss_terms(step: int, generator: torch.Generator) -> dict[str, float]:
         x, y = batch(task, schedule.batch_size, step, seed, generator)
         if step in inspect_at:
-            watch.note(step, chunk_statistics(model, x, y))
+            reached = {"accuracy": accuracy(model, task)} if attacker else {}
+            watch.note(step, reached | chunk_statistics(model.train(), x, y))
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         return {"loss": loss.item()}
 
-    optimise(model, loss_terms, schedule, seed, watch)
+    optimise(model, loss_terms, schedule, seed, watch, attacker)
+
+
+def learn(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: "Watch",
+          inspect_at: Sequence[int] = ()) -> Model:
+    """A new head on the backbone, then the whole network trained (the backbone is changed in place)."""
+    head = new_head(backbone.features, task.classes, torch.Generator(task.x.device).manual_seed(stream(seed, "head")))
+    model = Model(backbone, head)
+    fit(model, task, schedule, seed, watch, inspect_at)
     return model
 
 
@@ -956,6 +704,103 @@ def frozen(module: nn.Module) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The audit: attackers that try to get the source knowledge back. BatchNorm is in training mode in all of them, so its
+# statistics are re-estimated on the attacker's images, also where the head alone is trained.
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """One way of piggyback learning; as it stands, the fixed attacker's."""
+
+    optimizer: str = "sgd"  # or adamw
+    lr: float = 0.0  # peak learning rate; 0: --attack-lr
+    times: int = 1  # as many steps as --attack-steps
+    fraction: float = 1.0  # of the piggyback training images
+    scope: str = "all"  # what is trained: all, head, or head-then-all, half the steps each
+    batch: int = 1  # times --batch-size
+    first_step: float = 0.0  # the first step at this times the peak learning rate; 0: as the schedule says
+    noise: float = 0.0  # first added to the backbone's weights, in standard deviations of each tensor
+    other_half: bool = False  # trained on half of the classes, then probed: a head on the frozen backbone for the others
+
+    def __str__(self) -> str:
+        given = [f"{f.name.replace('_', ' ')} {getattr(self, f.name)}" for f in fields(self)[1:]
+                 if getattr(self, f.name) != f.default]
+        return ", ".join([self.optimizer, *given]) if given or self.optimizer != "sgd" else "fixed"
+
+
+SMALL_AUDIT = (
+    Attacker(),
+    Attacker(lr=0.1, times=5),
+    Attacker("adamw", 0.002),
+    Attacker(lr=0.1, scope="head"),
+    Attacker(lr=0.1, noise=0.2, first_step=5.0),
+)
+AUDITS = {  # budget: (grid, seeds of the strongest attacker)
+    "small": (SMALL_AUDIT, 1),
+    "full": ((
+        *SMALL_AUDIT,
+        *(Attacker("sgd", lr, times) for lr in (0.01, 0.03, 0.1, 0.3) for times in (1, 5, 20) if (lr, times) != (0.1, 5)),
+        *(Attacker("adamw", lr, times) for lr in (0.0003, 0.001, 0.003) for times in (1, 5, 20)),
+        Attacker(lr=0.1, times=5, fraction=0.5),
+        Attacker(lr=0.1, times=5, scope="head"),
+        Attacker(lr=0.1, times=5, scope="head-then-all"),
+        Attacker(lr=0.1, times=5, batch=8),
+        Attacker(lr=0.1, times=5, first_step=10.0),
+        Attacker(lr=0.1, times=5, noise=0.5),
+        Attacker(lr=0.1, times=5, other_half=True),
+    ), 3),
+}
+
+
+def attack(backbone: ResNet, task: Task, attacker: Attacker, schedule: Schedule, seed: int, watch: "Watch",
+           trace: Sequence[int] = ()) -> tuple[float, float]:
+    """An audit's piggyback learning. Returns the accuracy on a fifth of the training images, which is held out of the
+    training, and the test accuracy, both 0..1; with `other_half`, on the classes not trained on. Test accuracy and the
+    statistics of chunk gradients are noted at the steps `trace`."""
+    generator = torch.Generator(task.x.device).manual_seed(stream(seed, "attack"))
+    model = Model(copy.deepcopy(backbone), new_head(backbone.features, task.classes, generator))
+    if attacker.noise:
+        with torch.no_grad():
+            for p in model.backbone.parameters():
+                if p.dim() > 1:
+                    p.add_(torch.randn(p.shape, generator=generator, device=p.device) * p.std() * attacker.noise)
+    known, judged = hold_out(task, attacker.fraction)
+    phases = [(attacker.scope, known, schedule)]
+    if attacker.scope == "head-then-all":
+        half = replace(schedule, steps=max(1, schedule.steps // 2))
+        phases = [("head", known, half), ("all", known, half)]
+    if attacker.other_half:
+        phases = [("all", of_classes(known, range(0, task.classes, 2)), schedule),
+                  ("head", of_classes(known, range(1, task.classes, 2)), schedule)]
+        judged, task = (of_classes(t, range(1, task.classes, 2)) for t in (judged, task))
+    for k, (scope, data, phase) in enumerate(phases):
+        model.backbone.requires_grad_(scope == "all")
+        fit(model, data, phase, stream(seed, "attack", k), watch, trace if scope == "all" else (), attacker)
+    return accuracy(model, judged), accuracy(model, task)
+
+
+def hold_out(task: Task, fraction: float) -> tuple[Task, Task]:
+    """(`fraction` of four fifths of each class's training images, the task with the last fifth as its test images)."""
+    known, held = [], []
+    for c in range(task.classes):
+        of_class = torch.nonzero(task.y == c).flatten()
+        cut = max(1, len(of_class) * 4 // 5)
+        known.append(of_class[: max(1, round(cut * fraction))])
+        held.append(of_class[cut:])
+    known, held = torch.cat(known), torch.cat(held)
+    if not len(held):
+        raise DTLError(f"task {task.name}: an audit holds a fifth of each class out, and every class has one image")
+    return replace(task, x=task.x[known], y=task.y[known]), replace(task, x_test=task.x[held], y_test=task.y[held])
+
+
+def of_classes(task: Task, classes: Sequence[int]) -> Task:
+    """The images of these classes, labels as they were."""
+    classes = torch.tensor(list(classes), device=task.y.device)
+    train, test = torch.isin(task.y, classes), torch.isin(task.y_test, classes)
+    return replace(task, x=task.x[train], y=task.y[train], x_test=task.x_test[test], y_test=task.y_test[test])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Disposal methods. A forget loss sees the student's logits (B, source classes) on source images through the stored
 # source head (frozen: a head that could be trained would do the forgetting itself), their labels (B,), and how to get
 # the logits of the transferred model and of a random one. OUR READING of each rival is this table; the GC loss goes
@@ -1020,75 +865,6 @@ REPORTED = (*REFERENCES, *(f"disposed:{m}" for m in METHODS))  # the rows of eve
 # Seeds, checkpoints, log
 
 
-def stream(*names: object) -> int:
-    """A seed of 63 bits for what `names` name: independent of whatever ran before."""
-    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big") >> 1
-
-
-def digest(value: Any) -> str:
-    """sha256 of nested dicts and lists of tensors, numbers and strings."""
-    found = hashlib.sha256()
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            array = value.detach().cpu().contiguous().numpy()
-            found.update(f"tensor {array.dtype} {array.shape}".encode())
-            found.update(array.tobytes())
-        elif isinstance(value, dict):
-            found.update(f"dict {len(value)}".encode())
-            for key, item in value.items():
-                visit(key), visit(item)
-        elif isinstance(value, (list, tuple)):
-            found.update(f"list {len(value)}".encode())
-            for item in value:
-                visit(item)
-        else:
-            found.update(f"{type(value).__name__} {value!r};".encode())
-
-    visit(value)
-    return found.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of `data` at `path`, or what was there before."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise DTLError(f"cannot write {path}: {error.strerror}; what was saved before stands: mend that and run the same "
-                       "command again") from None
-
-
-def save(path: Path, state: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save({"state": state, "sha256": digest(state)}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def load(path: Path, device: torch.device) -> dict | None:
-    """The state saved at `path`; None if there is none, or, with a warning, if it is damaged."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    try:
-        file = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-        if digest(file["state"]) == file["sha256"]:
-            return file["state"]
-        reason = "its checksum does not match"
-    except Exception as error:  # whatever a damaged archive makes the reader raise
-        reason = f"unreadable, {type(error).__name__}"
-    click.echo(f"warning: checkpoint {path} is damaged ({reason}); making it anew", err=True)
-    return None
-
-
 class Watch:
     """What a stage tells the world: its progress bar, its log rows, its saves."""
 
@@ -1110,7 +886,7 @@ class Watch:
     def bar(self, first: int, steps: int) -> Iterator[Callable[[int], None]]:
         self.at = first
         try:
-            if sys.stderr.isatty():
+            if sys.stderr.isatty() and self.path:
                 with click.progressbar(length=steps, label=f"{self.name:<42}", file=sys.stderr, update_min_steps=5) as bar:
                     bar.update(first)
                     yield bar.update
@@ -1135,41 +911,6 @@ class Watch:
 
 def show(terms: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
-
-
-class Results:
-    """OUT/results.jsonl: one line a measurement. A line cut short by a crash is passed over and measured again."""
-
-    def __init__(self, out: Path) -> None:
-        self.path = out / "results.jsonl"
-
-    def read(self, config: str | None = None) -> list[dict]:
-        if not self.path.exists():
-            return []
-        records = {}
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-                record = json.loads(line)
-                if config in (None, record["config"]):
-                    records[self.identity(record)] = record
-        return list(records.values())
-
-    @staticmethod
-    def identity(record: dict) -> tuple:
-        return tuple(record.get(k) for k in ("config", "seed", "model", "metric", "task", "step"))
-
-    def append(self, records: list[dict]) -> None:
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        append(self.path, ("\n" if torn else "") + "".join(json.dumps(record) + "\n" for record in records))
-
-
-def append(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(text)
-    except OSError as error:
-        raise DTLError(f"cannot write {path}: {error.strerror}; mend that and run the same command again") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1204,7 +945,7 @@ class Experiment:
             spec = f"{c.source.split('@')[0]}@{c.subset_per_class}"
         elif name.startswith("target@"):
             spec = f"{c.target.split('@')[0]}@{name.split('@')[1]}"
-        return load_task(spec, c, self.seed, self.data_dir, self.device)
+        return load_task(spec, self.seed, self.data_dir, self.device, c.split, c.image_size)
 
     def check_tasks(self) -> dict[str, Task]:
         tasks = {name: self.task(name) for name in ("source", "target", "source-subset", "downstream")}
@@ -1213,8 +954,8 @@ class Experiment:
             raise DTLError(f"the tasks' images differ in size ({sizes}): give --image-size N to bring them to one")
         return tasks
 
-    def schedule(self, steps: int, lr: float) -> Schedule:
-        return Schedule(steps, lr, self.config.batch_size, self.config.weight_decay, self.config.clip)
+    def schedule(self, steps: int, lr: float, batch_size: int | None = None) -> Schedule:
+        return Schedule(steps, lr, batch_size or self.config.batch_size, self.config.weight_decay, self.config.clip)
 
     def recipe(self, name: str) -> tuple[list, Callable[[Watch], Model | float]]:
         """(what the stage's result depends on, how to make it). Nothing is loaded or trained until it is called."""
@@ -1292,14 +1033,14 @@ class Experiment:
         return self.models[name]
 
     def oracle(self) -> str | None:
-        """The model `target@N` of least N (growing by halves) that reaches the target accuracy of `transferred` from
+        """The model `target@N` of least N (growing by quarters) that reaches the target accuracy of `transferred` from
         target data alone; None if the set has too few images. Zero of the normalised leak."""
         aim = self.measure("transferred", "target_accuracy")
         if self.measure("scratch", "target_accuracy") >= aim:
             return "scratch"
         n = int(parse_task(self.config.target)["per_class"] or 0)
         while n:
-            n = math.ceil(n * 1.5)
+            n = math.ceil(n * 1.25)
             try:
                 self.task(f"target@{n}")
             except DTLError:  # the set has no more
@@ -1309,7 +1050,6 @@ class Experiment:
 
     def measure(self, model: str, metric: str, task: str | None = None) -> float | None:
         """A measurement, from results.jsonl if it is there."""
-        record = dict(seed=self.seed, model=model, metric=metric, task=task, config=self.config_hash)
         name = self.oracle() if model == "oracle" else model
         if name is None:
             return None
@@ -1318,16 +1058,14 @@ class Experiment:
         else:
             depends = [self.key(name), self.task(metric.split("_")[0]).fingerprint]
             depends += [self.key("pretrained")] if metric == "source_accuracy" else []
-        record["key"] = digest(depends)[:12]  # of the very weights and images, should a file of that name have changed
-        for known in self.results.read(self.config_hash):
-            if Results.identity(known) == Results.identity(record) and known.get("key") == record["key"]:
-                return known["value"]
+        record = self.record(model, metric, task, depends)
+        if known := self.results.known(record):
+            return known["value"]
         noted = []
         if metric == "pl_accuracy":
             state = self.stage(f"piggyback {name} {task}")
             value = state["value"]
-            noted = [record | {"metric": statistic, "step": note["step"], "value": note[statistic]} for note in state["notes"]
-                     for statistic in ("mean_cosine", "mean_dot", "collision_rate")]
+            noted = self.noted(record, state["notes"])
         elif metric == "target_accuracy":
             value = accuracy(self.model(name), self.task("target"))
         else:  # source_accuracy, with the stored source head
@@ -1335,169 +1073,59 @@ class Experiment:
         self.results.append([*noted, record | {"value": value} | ({"is": name} if model == "oracle" else {})])
         return value
 
+    def audit(self, model: str, task: str, grid: Sequence[Attacker], attacker_seeds: int,
+              told: Callable[[Attacker, dict], None]) -> None:
+        """Every attacker of the grid once, then the one that did best on held-out images with further seeds."""
+        if model == "oracle" and self.oracle() is None:
+            return
+        tried = [(self.attempt(model, task, attacker, 0, told), attacker) for attacker in grid]
+        comparable = [(r["valid"], a) for r, a in tried if r["value"] is not None and not a.other_half]
+        if comparable:
+            strongest = max(comparable, key=lambda pair: pair[0])[1]
+            for seed in range(1, attacker_seeds):
+                self.attempt(model, task, strongest, seed, told)
+
+    def attempt(self, model: str, task: str, attacker: Attacker, attacker_seed: int,
+                told: Callable[[Attacker, dict], None]) -> dict:
+        """One attacker's try, from results.jsonl if it is there; one that failed is kept with `value` null."""
+        name = self.oracle() if model == "oracle" else model
+        schedule = self.schedule(attacker.times * self.config.attack_steps, attacker.lr or self.config.attack_lr,
+                                 attacker.batch * self.config.batch_size)
+        depends = [self.key(name), self.task(task).fingerprint, asdict(attacker), asdict(schedule), attacker_seed]
+        record = self.record(model, "audit_pl_accuracy", task, depends)
+        record |= dict(attacker=str(attacker), attacker_seed=attacker_seed)
+        known = self.results.known(record)
+        if known is None:
+            watch, began = Watch(f"seed {self.seed} audit {model} {task}", device=self.device), time.monotonic()
+            trace = (0, 1, 10, 30, 100, 300, 1000, 3000) if attacker.times > 1 and not attacker_seed else ()
+            known = record | {"value": None, "valid": None, "fields": asdict(attacker)}
+            try:
+                known["valid"], known["value"] = attack(self.model(name).backbone, self.task(task), attacker, schedule,
+                                                        stream(self.seed, "audit", task, attacker_seed), watch, trace)
+            except DTLError as error:
+                known["failed"] = str(error)
+            known["seconds"] = round(time.monotonic() - began, 1)
+            self.results.append([*self.noted(record, watch.notes), known])
+        told(attacker, known)
+        return known
+
+    def record(self, model: str, metric: str, task: str | None, depends: list) -> dict:
+        """A line of results.jsonl, but for its value. The key is that of the very weights and images measured, should a
+        file of that name have changed."""
+        return dict(seed=self.seed, model=model, metric=metric, task=task, config=self.config_hash, key=digest(depends)[:12])
+
+    @staticmethod
+    def noted(record: dict, notes: list[dict]) -> list[dict]:
+        """What was noted on the way of an attack, a record each."""
+        return [record | {"metric": metric, "step": note["step"], "value": value} for note in notes
+                for metric, value in note.items() if metric != "step"]
+
     def log(self, row: dict) -> None:
         append(self.out / "log.jsonl", json.dumps({"config": self.config_hash} | row) + "\n")
         if "step" in row and (row["step"] == row["steps"] or time.monotonic() - self.printed > 20):
             self.printed = time.monotonic()
             terms = {k: v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
             click.echo(f"{row['stage']:<46} {row['step']:>6}/{row['steps']:<6} {row['seconds']:>7.1f} s  {show(terms)}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The report
-
-PIGGYBACK_TASKS = ("source-subset", "downstream")
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95% t-interval (nan for one value)."""
-    n = len(values)
-    if n < 2:
-        return values[0], math.nan
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.5 / (n - 1)  # within 0.003 of the quantile
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
-
-
-def summarise(records: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """model -> column -> one value a seed. Columns: target_accuracy, change, source_accuracy, and for each piggyback
-    task `pl TASK` and `leak TASK` = (PL - zero) / (PL of transferred - zero), zero being oracle, or scratch."""
-    value = {(r["seed"], r["model"], r["metric"], r["task"]): r["value"] for r in records}
-    seeds = sorted({r["seed"] for r in records})
-    zero_model = zero_of(records)
-    rows: dict[str, dict[str, list[float]]] = {}
-
-    def put(model: str, column: str, number: float | None) -> None:
-        if number is not None:
-            rows.setdefault(model, {}).setdefault(column, []).append(number)
-
-    for model in REPORTED:
-        for seed in seeds:
-            for metric in ("target_accuracy", "source_accuracy"):
-                put(model, metric, value.get((seed, model, metric, None)))
-            before = value.get((seed, "transferred", "target_accuracy", None))
-            after = value.get((seed, model, "target_accuracy", None))
-            put(model, "change", None if before is None or after is None else after - before)
-            for task in PIGGYBACK_TASKS:
-                pl = value.get((seed, model, "pl_accuracy", task))
-                put(model, f"pl {task}", pl)
-                top = value.get((seed, "transferred", "pl_accuracy", task))
-                zero = value.get((seed, zero_model, "pl_accuracy", task))
-                if None not in (pl, top, zero) and top > zero:
-                    put(model, f"leak {task}", (pl - zero) / (top - zero))
-    return rows
-
-
-def zero_of(records: list[dict]) -> str:
-    """`oracle` if every seed has one, else `scratch`: a mean must not mix two zeros."""
-    seeds = {model: {r["seed"] for r in records if r["model"] == model and r["metric"] == "pl_accuracy"}
-             for model in ("oracle", "transferred")}
-    return "oracle" if seeds["oracle"] >= seeds["transferred"] else "scratch"
-
-
-def report(out: Path, config: str | None) -> str:
-    """Write report.md (and report.png if matplotlib is there) of one config, the last run's by default."""
-    runs = {}
-    for path in out.glob("run-*.json"):
-        try:
-            run = json.loads(path.read_text())
-            runs[run["config_hash"]] = run
-        except (ValueError, KeyError, TypeError):
-            click.echo(f"warning: {path} is damaged; passed over", err=True)
-    if not runs:
-        raise DTLError(f"--out {out}: no run to report; `python dtl.py all --out {out}` makes one")
-    if config and config not in runs:
-        raise DTLError(f"--config {config}: no such run in {out}; there are {', '.join(runs)}")
-    run = runs[config] if config else max(runs.values(), key=lambda r: r["started"])
-    records = Results(out).read(run["config_hash"])
-    if not records:
-        raise DTLError(f"--out {out}: nothing measured yet for config {run['config_hash']}")
-    rows, seeds = summarise(records), sorted({r["seed"] for r in records})
-
-    def cell(row: dict, column: str, percent: bool, sign: str = "") -> str:
-        if column not in row:
-            return "-"
-        mean, half = interval(row[column])
-        scale, digits = (100, 1) if percent else (1, 2)
-        return f"{mean * scale:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half * scale:.{digits}f}")
-
-    table = [["model", "target acc. %", "change", "source acc. %"]]
-    for task in PIGGYBACK_TASKS:
-        table[0] += [f"PL {task} %", f"leak {task}"]
-    for model, row in rows.items():
-        table.append([model, cell(row, "target_accuracy", True), cell(row, "change", True, "+"),
-                      cell(row, "source_accuracy", True)])
-        for task in PIGGYBACK_TASKS:
-            table[-1] += [cell(row, f"pl {task}", True), cell(row, f"leak {task}", False)]
-    widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths)) + " |" for r in table]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    c, versions = run["settings"], run["versions"]
-    oracle = sorted({str(r["is"]) for r in records if r["model"] == "oracle" and "is" in r})
-    text = "\n".join([
-        f"source `{c['source']}`, target `{c['target']}`, piggyback `source-subset` (the source @{c['subset_per_class']}) and "
-        f"`downstream` (`{c['downstream']}`); {c['network']}, image size {c['image_size'] or 'as stored'}; measured on "
-        f"{c['split']} images.", "",
-        f"Seeds {', '.join(map(str, seeds))}; mean" + (" ± 95% t-interval over seeds" if len(seeds) > 1 else "") +
-        f"; leak: (PL - zero) / (PL of transferred - zero), zero: {zero_of(records)}"
-        + (f" ({', '.join(oracle)})" if oracle else "") + ".",
-        "PL and leak: lower is better; below zero means hard to train, not more forgotten.", "",
-        *lines, "", *collision_table(records),
-        f"`{run['command']}`, config {run['config_hash']}, revision {run['revision']}, Python {versions['python']}, "
-        f"torch {versions['torch']}, {versions['device']}.", "",
-    ])
-    write_atomically(out / "report.md", text.encode())
-    figure(out / "report.png", rows)
-    return text
-
-
-def collision_table(records: list[dict]) -> list[str]:
-    """Mean cosine of the attacker's chunk gradients by attack step: near 0 or below, the collision holds; as high as
-    that of `transferred` or `random`, the attacker has walked out of it."""
-    steps = sorted({r["step"] for r in records if r["metric"] == "mean_cosine"})
-    lines = []
-    for model in REPORTED:
-        cells = []
-        for task in PIGGYBACK_TASKS:
-            for step in steps:
-                values = [r["value"] for r in records if r["metric"] == "mean_cosine"
-                          and (r["model"], r["task"], r["step"]) == (model, task, step)]
-                cells.append(f"{statistics.mean(values):.3f}" if values else "-")
-        if set(cells) - {"-"}:
-            lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    if lines:
-        head = " | ".join(f"{task} step {step}" for task in PIGGYBACK_TASKS for step in steps)
-        lines = ["Mean cosine between the gradients of 4 chunks of the attacker's batch, before these attack steps:", "",
-                 f"| model | {head} |", "|---" * (1 + len(PIGGYBACK_TASKS) * len(steps)) + "|", *lines, ""]
-    return lines
-
-
-def figure(path: Path, rows: dict) -> None:
-    """Target accuracy against PL accuracy, one panel a piggyback task; nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    chart, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for panel, task in zip(panels, PIGGYBACK_TASKS):
-        for i, (model, row) in enumerate(rows.items()):
-            if f"pl {task}" not in row:
-                continue
-            (y, dy) = interval([100 * v for v in row[f"pl {task}"]])
-            if "target_accuracy" not in row:
-                panel.axhline(y, color="0.7", lw=1, ls=":")
-                panel.annotate(model, (0.01, y), xycoords=("axes fraction", "data"), fontsize=7, color="0.4")
-                continue
-            (x, dx) = interval([100 * v for v in row["target_accuracy"]])
-            panel.errorbar(x, y, np.nan_to_num(dy), np.nan_to_num(dx), marker="os^Dv<>ph*Xd"[i % 12], capsize=2, lw=1,
-                           color="k" if model in REFERENCES else f"C{i % 10}")
-            panel.annotate(model.removeprefix("disposed:"), (x, y), (4, 4), textcoords="offset points", fontsize=8)
-        panel.set(xlabel="target accuracy, % (right is better)", ylabel="PL accuracy, % (down is better)", title=task)
-    chart.savefig(path, dpi=120)
-    pyplot.close(chart)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1603,7 +1231,7 @@ STAGES = {
 
 
 def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], methods: list[str], out: Path, data_dir: Path,
-        save_every: float, **given: Any) -> None:
+        save_every: float, budget: str = "small", attacker_seeds: int | None = None, **given: Any) -> None:
     preset = preset or ("demo" if gpu is None else "cifar")
     settings = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
     if given["forget_weights"]:
@@ -1613,7 +1241,7 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
     models = {"pretrain": ["pretrained"], "transfer": ["transferred"]}.get(stage, [f"disposed:{m}" for m in methods])
     if stage == "piggyback":
         models = ["transferred", *models]
-    elif stage == "all":
+    elif stage in ("all", "audit"):
         models = [*REFERENCES, *models]
 
     versions, revision, tasks = versions_of(device), git_revision(), experiments[0].check_tasks()
@@ -1642,16 +1270,50 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
                 experiment.measure(model, "target_accuracy")
             if model in ("pretrained", "transferred") or model.startswith("disposed:"):
                 experiment.measure(model, "source_accuracy")
-            for task in PIGGYBACK_TASKS if stage in ("piggyback", "all") else ():
+            for task in PIGGYBACK_TASKS if stage in ("piggyback", "all", "audit") else ():
                 experiment.measure(model, "pl_accuracy", task)
         experiment.models.clear()
         experiment.task.cache_clear()
-    click.echo("\n" + report(out, experiments[0].config_hash))
+    if stage == "audit":  # after all models are there: what is left to do is known, and a first report stands
+        grid, seeds_of_strongest = AUDITS[budget]
+        audit(experiments, [m for m in models if m != "pretrained"], grid, attacker_seeds or seeds_of_strongest)
+    click.echo("\n" + report(out, experiments[0].config_hash, REPORTED))
     click.echo(f"wrote {out / 'report.md'}, {out / 'results.jsonl'}, {path}")
+
+
+def audit(experiments: list[Experiment], models: list[str], grid: Sequence[Attacker], attacker_seeds: int) -> None:
+    attempts = len(experiments) * len(models) * len(PIGGYBACK_TASKS) * (len(grid) + attacker_seeds - 1)
+    click.echo(f"\naudit: {len(grid)} attackers, then {attacker_seeds - 1} more seeds of the strongest, on {len(models)} "
+               f"models and both piggyback tasks: {attempts} attempts")
+    done, told_at, spent = 0, 0.0, []
+    with click.progressbar(length=attempts, label="audit", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+
+        def told(attacker: Attacker, record: dict) -> None:
+            nonlocal done, told_at
+            done += 1
+            bar.update(1)
+            spent.append(record.get("seconds", 0))
+            if not sys.stderr.isatty() and time.monotonic() - told_at > 20:
+                told_at = time.monotonic()
+                left = statistics.mean(spent) * (attempts - done) / 60
+                click.echo(f"audit {done}/{attempts}, about {left:.0f} min left: seed {record['seed']} {record['model']} "
+                           f"{record['task']}, {attacker}")
+
+        for experiment in experiments:
+            for model in models:
+                for task in PIGGYBACK_TASKS:
+                    experiment.audit(model, task, grid, attacker_seeds, told)
+            experiment.models.clear()
+            experiment.task.cache_clear()
 
 
 for _stage, _help in STAGES.items():
     main.command(_stage, help=_help)(experiment_options(one_line_errors(functools.partial(run, _stage))))
+
+main.command("audit", help="All models under a grid of attackers: the worst case of piggyback learning.")(
+    click.option("--budget", type=click.Choice(list(AUDITS)), default="small", help="Which grid of attackers.")(
+        click.option("--attacker-seeds", type=click.IntRange(1), help="Seeds of the strongest; 1 if small, 3 if full.")(
+            experiment_options(one_line_errors(functools.partial(run, "audit"))))))
 
 
 @main.command("report", help="The tables again, from what is in --out.")
@@ -1659,7 +1321,7 @@ for _stage, _help in STAGES.items():
 @click.option("--config", help="Hash of the run to report; the last one if left out.")
 @one_line_errors
 def report_command(out: Path, config: str | None) -> None:
-    click.echo(report(out, config))
+    click.echo(report(out, config, REPORTED))
 
 
 @main.command("data", help="Fetch and verify CIFAR-10 and CIFAR-100.")

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from hypothesis import settings
 
 import dtl
+import dtl_data
 
 settings.register_profile("dtl", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("dtl")
@@ -94,9 +95,9 @@ def npz(tmp_path):
         np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
         return path
 
-    dtl.load_set.cache_clear()
+    dtl_data.load_set.cache_clear()
     yield write
-    dtl.load_set.cache_clear()
+    dtl_data.load_set.cache_clear()
 
 
 @pytest.fixture(scope="session")

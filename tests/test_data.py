@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dtl
+import dtl_data
 
 CPU = torch.device("cpu")
 
 
 def task(name, seed=0):
-    return dtl.load_task(str(name), dtl.Config(), seed, Path("no-archives-here"), CPU)
+    return dtl.load_task(str(name), seed, Path("no-archives-here"), CPU)
 
 
 def numbers(images):
@@ -75,8 +76,8 @@ def test_validation_images_are_taken_from_the_training_images(seed):
     y = np.random.default_rng(seed).integers(0, 3, 100)
     x = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 2, 2), np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dtl, "read_npz", lambda path: (x, y, x[:9] + 200, y[:9]))
-        train, y_train, held, y_held = dtl.load_set.__wrapped__("own.npz", None, "validation")
+        patch.setattr(dtl_data, "read_npz", lambda path: (x, y, x[:9] + 200, y[:9]))
+        train, y_train, held, y_held = dtl_data.load_set.__wrapped__("own.npz", None, "validation")
     train, held = set(train[:, 0, 0, 0]), set(held[:, 0, 0, 0])
     assert not train & held and train | held == set(range(100))
     for c in range(3):
@@ -122,7 +123,7 @@ def test_a_file_that_is_no_npz_is_named(npz, damage):
 def test_minus_one_in_an_unsigned_type_is_no_label(npz, kind):
     path = npz(y_train=np.where(np.arange(30) == 29, -1, Y).astype(kind))
     with pytest.raises(dtl.DTLError, match="own.npz: y_train"):
-        dtl.read_npz(path)
+        dtl_data.read_npz(path)
 
 
 def test_tasks_of_different_image_sizes(npz, tmp_path, tiny):
@@ -179,7 +180,7 @@ def serve(tmp_path, monkeypatch):
     thread.start()
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(variable, "127.0.0.1")
-    monkeypatch.setattr(dtl, "ARCHIVE_RECORDS", 2)
+    monkeypatch.setattr(dtl_data, "ARCHIVE_RECORDS", 2)
 
     def offer(name, archive, sha256=None):
         file = dtl.ARCHIVES[name][0].rsplit("/", 1)[1]
@@ -282,7 +283,7 @@ def test_no_network(tmp_path, serve, monkeypatch):
 
 
 def test_shapes_are_deterministic_and_whole():
-    (x, y), (again, _), (other, _) = (dtl.draw_shapes(2, seed) for seed in (1, 1, 2))
+    (x, y), (again, _), (other, _) = (dtl_data.draw_shapes(2, seed) for seed in (1, 1, 2))
     assert x.shape == (64, 3, 16, 16) and x.dtype == np.uint8
     assert np.bincount(y).tolist() == [2] * 32
     assert (x == again).all() and (x != other).any()
@@ -290,7 +291,7 @@ def test_shapes_are_deterministic_and_whole():
 
 
 def test_training_and_test_shapes_differ(tmp_path):
-    x, y, x_test, y_test = dtl.load_set("shapes", tmp_path, "test")
+    x, y, x_test, y_test = dtl_data.load_set("shapes", tmp_path, "test")
     assert set(y) == set(y_test) == set(range(32))
     assert not {i.tobytes() for i in x} & {i.tobytes() for i in x_test}
 
@@ -298,9 +299,9 @@ def test_training_and_test_shapes_differ(tmp_path):
 def test_shrinking_is_the_mean_over_areas():
     x = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     expected = x.numpy().reshape(5, 3, 4, 4, 4, 4).mean((3, 5)).round().astype(np.uint8)
-    np.testing.assert_array_equal(dtl.shrink(x, 4, "t").numpy(), expected)
-    assert dtl.shrink(x, 0, "t") is x and dtl.shrink(x, 16, "t") is x
-    assert dtl.shrink(x[..., :8], 8, "t").shape == (5, 3, 8, 8)  # 16x8
+    np.testing.assert_array_equal(dtl_data.shrink(x, 4, "t").numpy(), expected)
+    assert dtl_data.shrink(x, 0, "t") is x and dtl_data.shrink(x, 16, "t") is x
+    assert dtl_data.shrink(x[..., :8], 8, "t").shape == (5, 3, 8, 8)  # 16x8
 
 
 def variants(image):
@@ -342,5 +343,5 @@ def test_npz_with_a_pickle_does_not_run_it(tmp_path):
         for key in ("x_train", "y_train", "x_test", "y_test"):
             file.writestr(key + ".npy", header.getvalue() + evil)
     with pytest.raises(dtl.DTLError, match="own.npz"):
-        dtl.read_npz(tmp_path / "own.npz")
+        dtl_data.read_npz(tmp_path / "own.npz")
     assert not (tmp_path / "ran").exists()

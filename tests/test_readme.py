@@ -79,7 +79,7 @@ def test_reports_come_from_their_results(folder, tmp_path):
     for path in (ROOT / "experiments" / folder).iterdir():
         if path.suffix in (".json", ".jsonl"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert dtl.report(tmp_path, None) == (ROOT / "experiments" / folder / "report.md").read_text()
+    assert dtl.report(tmp_path, None, dtl.REPORTED) == (ROOT / "experiments" / folder / "report.md").read_text()
 
 
 def test_dependencies_stand_in_two_places_alike():

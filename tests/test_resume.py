@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dtl
+import dtl_data
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def test_changed_data_is_measured_again(npz, arguments, dtl_command, records, tm
     rng = np.random.default_rng(0)
     for _ in range(2):
         path = npz(x_train=rng.integers(0, 256, (30, 8, 8, 3), np.uint8))
-        dtl.load_set.cache_clear()
+        dtl_data.load_set.cache_clear()
         result = dtl_command(*arguments("pretrain", tmp_path / "out", source=f"{path}[0:3]"))
         assert result.code == 0 and "seed 0 pretrained " in result.output  # trained
     dtl_command(*arguments("pretrain", tmp_path / "new", source=f"{path}[0:3]"))
