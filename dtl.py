@@ -55,7 +55,7 @@ from torch import Tensor, nn
 
 from dtl_data import ARCHIVES, Task, load_task, parse_task, read_archive
 from dtl_report import PIGGYBACK_TASKS, report
-from dtl_store import DTLError, Results, append, digest, load, save, stream, write_atomically
+from dtl_store import DTLError, Results, Watch, append, digest, load, save, show, stream, write_atomically
 
 __version__ = "0.1.0"
 
@@ -545,7 +545,7 @@ class Schedule:
 
 def optimise(
     model: nn.Module, loss_terms: Callable[[int, torch.Generator], dict[str, float]], schedule: Schedule, seed: int,
-    watch: "Watch", attacker: "Attacker | None" = None,
+    watch: Watch, attacker: "Attacker | None" = None,
 ) -> None:
     """Run a stage. `loss_terms(step, generator)` backpropagates and returns the loss's terms for the log. The
     generator is seeded anew by (seed, step): a stage resumes from its step number, parameters and momentum alone.
@@ -596,7 +596,7 @@ def epoch_order(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def fit(model: "Model", task: Task, schedule: Schedule, seed: int, watch: "Watch", inspect_at: Sequence[int] = (),
+def fit(model: "Model", task: Task, schedule: Schedule, seed: int, watch: Watch, inspect_at: Sequence[int] = (),
         attacker: "Attacker | None" = None) -> None:
     """Cross entropy over all that is not frozen. The statistics of chunk gradients are noted at the steps `inspect_at`, in
     an audit with the test accuracy so far."""
@@ -613,7 +613,7 @@ def fit(model: "Model", task: Task, schedule: Schedule, seed: int, watch: "Watch
     optimise(model, loss_terms, schedule, seed, watch, attacker)
 
 
-def learn(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: "Watch",
+def learn(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: Watch,
           inspect_at: Sequence[int] = ()) -> Model:
     """A new head on the backbone, then the whole network trained (the backbone is changed in place)."""
     head = new_head(backbone.features, task.classes, torch.Generator(task.x.device).manual_seed(stream(seed, "head")))
@@ -622,19 +622,19 @@ def learn(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: "W
     return model
 
 
-def pretrain(source: Task, network: str, schedule: Schedule, seed: int, watch: "Watch") -> Model:
+def pretrain(source: Task, network: str, schedule: Schedule, seed: int, watch: Watch) -> Model:
     """Stage 1: random backbone, source task. (On the target task it makes the references scratch and oracle.)"""
     return learn(new_backbone(network, stream(seed, "backbone"), source.x.device), source, schedule, seed, watch)
 
 
-def transfer(pretrained: Model, target: Task, schedule: Schedule, seed: int, watch: "Watch") -> Model:
+def transfer(pretrained: Model, target: Task, schedule: Schedule, seed: int, watch: Watch) -> Model:
     """Stage 2: the pretrained backbone, a new head, the whole network on the target task."""
     return learn(copy.deepcopy(pretrained.backbone), target, schedule, seed, watch)
 
 
 def dispose(
     transferred: Model, source_head: nn.Linear, source: Task, target: Task, method: str, schedule: Schedule, seed: int,
-    watch: "Watch", *, network: str, retain: str = "distill", temperature: float = 4.0, retain_weight: float = 1.0,
+    watch: Watch, *, network: str, retain: str = "distill", temperature: float = 4.0, retain_weight: float = 1.0,
     forget_weight: float = 30.0, similarity: str = "dot", gc_head: str = "fresh", chunks: int = 4, chunk_size: int = 32,
 ) -> Model:
     """Stage 3: minimise retain_weight * L_retain(target) + forget_weight * L_forget(source) from the transferred
@@ -686,7 +686,7 @@ def dispose(
     return student
 
 
-def piggyback(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: "Watch") -> float:
+def piggyback(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: Watch) -> float:
     """Stage 4, the attacker's: a new head, the whole network on a piggyback task. Returns the PL accuracy, 0..1. The
     attacker is fixed: of one seed, every model gets the same head, batches and schedule."""
     return accuracy(learn(copy.deepcopy(backbone), task, schedule, seed, watch, INSPECT_ATTACK_AT), task)
@@ -752,7 +752,7 @@ AUDITS = {  # budget: (grid, seeds of the strongest attacker)
 }
 
 
-def attack(backbone: ResNet, task: Task, attacker: Attacker, schedule: Schedule, seed: int, watch: "Watch",
+def attack(backbone: ResNet, task: Task, attacker: Attacker, schedule: Schedule, seed: int, watch: Watch,
            trace: Sequence[int] = ()) -> tuple[float, float]:
     """An audit's piggyback learning. Returns the accuracy on a fifth of the training images, which is held out of the
     training, and the test accuracy, both 0..1; with `other_half`, on the classes not trained on. Test accuracy and the
@@ -859,58 +859,6 @@ METHODS = {
 }
 REFERENCES = ("scratch", "random", "oracle", "pretrained", "transferred")
 REPORTED = (*REFERENCES, *(f"disposed:{m}" for m in METHODS))  # the rows of every table, in order
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Seeds, checkpoints, log
-
-
-class Watch:
-    """What a stage tells the world: its progress bar, its log rows, its saves."""
-
-    def __init__(self, name: str, path: Path | None = None, device: torch.device = torch.device("cpu"),
-                 save_every: float = 30.0, log: Callable[[dict], None] = lambda row: None) -> None:
-        self.name, self.device, self.save_every, self.log = name, device, save_every, log
-        self.path = path and path.with_suffix(".part.pt")
-        self.began = self.saved = time.monotonic()
-        self.saved_step = self.at = 0
-        self.notes: list[dict[str, float]] = []  # kept with the stage's result
-
-    def resume(self) -> dict | None:
-        self.began = self.saved = time.monotonic()  # now, after whatever the stage had to wait for
-        saved = self.path and load(self.path, self.device)
-        self.saved_step, self.notes = (saved["step"], saved["notes"]) if saved else (0, [])
-        return saved
-
-    @contextlib.contextmanager
-    def bar(self, first: int, steps: int) -> Iterator[Callable[[int], None]]:
-        self.at = first
-        try:
-            if sys.stderr.isatty() and self.path:
-                with click.progressbar(length=steps, label=f"{self.name:<42}", file=sys.stderr, update_min_steps=5) as bar:
-                    bar.update(first)
-                    yield bar.update
-            else:
-                yield lambda steps: None
-        except KeyboardInterrupt:
-            kept = f"saved up to step {self.saved_step}" if self.saved_step else "nothing of this stage saved yet"
-            raise KeyboardInterrupt(f"{self.name} was at step {self.at} of {steps}, {kept}") from None
-
-    def step(self, done: int, steps: int, terms: dict[str, float], state: Callable[[], dict]) -> None:
-        self.at = done
-        if done == steps or done % max(1, steps // 10) == 0:
-            self.log(dict(stage=self.name, step=done, steps=steps, seconds=round(time.monotonic() - self.began, 2), **terms))
-        if self.path and done < steps and time.monotonic() - self.saved >= self.save_every:
-            save(self.path, state() | {"step": done, "notes": self.notes})
-            self.saved, self.saved_step = time.monotonic(), done
-
-    def note(self, step: int, statistics: dict[str, float]) -> None:
-        self.notes.append({"step": step} | statistics)
-        self.log({"stage": self.name, "noted": step} | statistics)
-
-
-def show(terms: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

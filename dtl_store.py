@@ -1,4 +1,4 @@
-"""Seeds, checkpoints and results of dtl.py: what is on disk is whole or not there, and is checked when read."""
+"""Seeds, checkpoints, log and results of dtl.py: what is on disk is whole or not there, and is checked when read."""
 
 import contextlib
 import functools
@@ -6,8 +6,10 @@ import hashlib
 import io
 import json
 import os
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import click
 import torch
@@ -85,6 +87,54 @@ def load(path: Path, device: torch.device) -> dict | None:
         reason = f"unreadable, {type(error).__name__}"
     click.echo(f"warning: checkpoint {path} is damaged ({reason}); making it anew", err=True)
     return None
+
+
+class Watch:
+    """What a stage tells the world: its progress bar, its log rows, its saves."""
+
+    def __init__(self, name: str, path: Path | None = None, device: torch.device = torch.device("cpu"),
+                 save_every: float = 30.0, log: Callable[[dict], None] = lambda row: None) -> None:
+        self.name, self.device, self.save_every, self.log = name, device, save_every, log
+        self.path = path and path.with_suffix(".part.pt")
+        self.began = self.saved = time.monotonic()
+        self.saved_step = self.at = 0
+        self.notes: list[dict[str, float]] = []  # kept with the stage's result
+
+    def resume(self) -> dict | None:
+        self.began = self.saved = time.monotonic()  # now, after whatever the stage had to wait for
+        saved = self.path and load(self.path, self.device)
+        self.saved_step, self.notes = (saved["step"], saved["notes"]) if saved else (0, [])
+        return saved
+
+    @contextlib.contextmanager
+    def bar(self, first: int, steps: int) -> Iterator[Callable[[int], None]]:
+        self.at = first
+        try:
+            if sys.stderr.isatty() and self.path:
+                with click.progressbar(length=steps, label=f"{self.name:<42}", file=sys.stderr, update_min_steps=5) as bar:
+                    bar.update(first)
+                    yield bar.update
+            else:
+                yield lambda steps: None
+        except KeyboardInterrupt:
+            kept = f"saved up to step {self.saved_step}" if self.saved_step else "nothing of this stage saved yet"
+            raise KeyboardInterrupt(f"{self.name} was at step {self.at} of {steps}, {kept}") from None
+
+    def step(self, done: int, steps: int, terms: dict[str, float], state: Callable[[], dict]) -> None:
+        self.at = done
+        if done == steps or done % max(1, steps // 10) == 0:
+            self.log(dict(stage=self.name, step=done, steps=steps, seconds=round(time.monotonic() - self.began, 2), **terms))
+        if self.path and done < steps and time.monotonic() - self.saved >= self.save_every:
+            save(self.path, state() | {"step": done, "notes": self.notes})
+            self.saved, self.saved_step = time.monotonic(), done
+
+    def note(self, step: int, statistics: dict[str, float]) -> None:
+        self.notes.append({"step": step} | statistics)
+        self.log({"stage": self.name, "noted": step} | statistics)
+
+
+def show(terms: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
 
 
 class Results:
