@@ -228,7 +228,8 @@ def figures(out: Path, run: dict, runs: Sequence[dict], rows: dict, records: lis
             panel.axhline(0, color="0.6", lw=0.8)
             panel.set(xlabel="target accuracy, change in points (right is better)", title=task)
         panels[0].set_ylabel(f"{'worst-case' if kind == 'worst' else 'fixed attacker'} leak (down is better)")
-        panels[1].legend(fontsize=7)
+        if panels[1].lines:
+            panels[1].legend(*panels[0].get_legend_handles_labels(), fontsize=7)
         keep(chart, "front")
 
     curves = collections.defaultdict(list)
