@@ -97,6 +97,7 @@ class Config:
     similarity: str = setting("dot", "what gradients collide in: inner product or cosine", ("dot", "cos"))
     gc_head: str = setting("fresh", "head the GC loss goes through: a random one each step, or the stored one",
                            ("fresh", "source"))
+    gc_ramp: float = setting(0.5, "share of a disposal into a fresh backbone over which the weight of GC rises from zero")
     chunks: int = setting(4, "chunks of a source batch whose gradients collide")
     chunk_size: int = setting(32, "images a chunk; the rivals get chunks * chunk_size source images a step")
     forget_weights: str = setting(
@@ -636,6 +637,7 @@ def dispose(
     transferred: Model, source_head: nn.Linear, source: Task, target: Task, method: str, schedule: Schedule, seed: int,
     watch: Watch, *, network: str, retain: str = "distill", temperature: float = 4.0, retain_weight: float = 1.0,
     forget_weight: float = 30.0, similarity: str = "dot", gc_head: str = "fresh", chunks: int = 4, chunk_size: int = 32,
+    gc_ramp: float = 0.0,
 ) -> Model:
     """Stage 3: minimise retain_weight * L_retain(target) + forget_weight * L_forget(source) from the transferred
     model, or from a fresh backbone if the method says so. Returns the scrubbed model; its arguments stay as they are.
@@ -670,7 +672,8 @@ def dispose(
             if forget is gradient_collision:
                 head = new_head(student.backbone.features, source.classes, generator)
                 head = head if gc_head == "fresh" else copy.deepcopy(source_head)
-                terms["forget"] = gradient_collision(student.backbone, head, x, y, similarity, chunks, forget_weight)
+                weight = forget_weight * min(1.0, (step + 1) / (gc_ramp * schedule.steps) if gc_ramp else 1.0)
+                terms["forget"] = gradient_collision(student.backbone, head, x, y, similarity, chunks, weight)
             elif forget is not None:
                 logits = original_head(student.backbone(x))
                 transferred_logits = functools.partial(Model(teacher.backbone, original_head), x)
@@ -938,6 +941,7 @@ class Experiment:
                 options |= dict(forget_weight=parse_weights(c.forget_weights)[name.removeprefix("disposed:")])
             if method.forget is gradient_collision:
                 options |= dict(similarity=c.similarity, gc_head=c.gc_head)
+                options |= dict(gc_ramp=c.gc_ramp) if method.fresh else {}
             return [self.key("transferred"), schedule, options], lambda watch: dispose(
                 self.model("transferred"), self.model("pretrained").head, self.task("source"), self.task("target"),
                 name.removeprefix("disposed:"), schedule, stream(seed, "dispose"), watch, **options)

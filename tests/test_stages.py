@@ -34,10 +34,10 @@ def schedule(steps=3, lr=0.02):
     return dtl.Schedule(steps, lr, batch_size=8, weight_decay=5e-4, clip=5.0)
 
 
-def dispose(world, method, **options):
+def dispose(world, method, steps=3, **options):
     source, target, transferred, head = world
     options = dict(network="resnet8", forget_weight=1.0, chunks=2, chunk_size=8) | options
-    return dtl.dispose(transferred, head, source, target, method, schedule(), 7, dtl.Watch("test"), **options)
+    return dtl.dispose(transferred, head, source, target, method, schedule(steps), 7, dtl.Watch("test"), **options)
 
 
 @pytest.mark.parametrize("method", dtl.METHODS)
@@ -192,3 +192,11 @@ def test_normalised_leak_and_its_zero():
     rows = dtl_report.summarise(records + oracle, dtl.REPORTED)
     assert rows["disposed:gc"]["fixed leak downstream"] == pytest.approx([0, 0], abs=1e-12)
     assert dtl_report.zero_of(records + oracle) == "oracle" and dtl_report.zero_of(records + oracle[:2]) == "scratch"
+
+
+def test_weight_of_gc_rises(world, monkeypatch):
+    weights, collide = [], dtl.gradient_collision
+    monkeypatch.setattr(dtl, "gradient_collision", lambda *a: (weights.append(a[-1]), collide(*a))[1])
+    monkeypatch.setitem(dtl.METHODS, "gc-fresh", dtl.Method(dtl.gradient_collision, fresh=True))
+    dispose(world, "gc-fresh", forget_weight=8.0, gc_ramp=0.5, steps=4)
+    assert weights == [4.0, 8.0, 8.0, 8.0]
