@@ -4,9 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for weights in \
-  neggrad=1,random-labels=3,uniform=3,bad-teacher=3,scrub=3,gc=60,gc-fresh=10 \
-  neggrad=3,random-labels=10,uniform=10,bad-teacher=10,scrub=10,gc=120,gc-fresh=30 \
-  neggrad=0.3,random-labels=1,uniform=1,bad-teacher=1,scrub=1,gc=20,gc-fresh=3
+  neggrad=1,random-labels=3,uniform=3,bad-teacher=3,scrub=3,gc=60,gc-fresh=30 \
+  neggrad=3,random-labels=10,uniform=10,bad-teacher=10,scrub=10,gc=120,gc-fresh=45 \
+  neggrad=0.3,random-labels=1,uniform=1,bad-teacher=1,scrub=1,gc=20,gc-fresh=20
 do
   ${PYTHON:-python} dtl.py audit --preset cifar-small --split validation --forget-weights "$weights" --out "$1" ${2:+--methods "$2"}
 done
