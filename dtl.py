@@ -1030,10 +1030,11 @@ class Experiment:
         """Every attacker of the grid once, then the one that did best on held-out images with further seeds."""
         if model == "oracle" and self.oracle() is None:
             return
+        hold_out(self.task(task), 1.0)  # too small a task is the user's mistake, not a failed attempt
         tried = [(self.attempt(model, task, attacker, 0, told), attacker) for attacker in grid]
         comparable = [(r["valid"], a) for r, a in tried if r["value"] is not None and not a.other_half]
         if comparable:
-            strongest = max(comparable, key=lambda pair: pair[0])[1]
+            strongest = max(comparable, key=lambda pair: (pair[0], str(pair[1])))[1]
             for seed in range(1, attacker_seeds):
                 self.attempt(model, task, strongest, seed, told)
 

@@ -35,7 +35,7 @@ def worst_cases(records: list[dict]) -> dict[tuple, tuple[float, str]]:
     for which, tried in attempts.items():
         first = [r for r in tried if r["attacker_seed"] == 0]
         if first:
-            name = max(first, key=lambda r: r["valid"])["attacker"]
+            name = max(first, key=lambda r: (r["valid"], r["attacker"]))["attacker"]
             worst[which] = statistics.mean(r["value"] for r in tried if r["attacker"] == name), name
     return worst
 

@@ -174,6 +174,16 @@ def test_the_strongest_is_chosen_on_held_out_images_not_on_test_images():
     assert dtl_report.worst_cases(records) == {(0, "scratch", "downstream"): (pytest.approx(0.4), "long")}
 
 
+def test_a_tie_is_broken_alike_whatever_the_order():
+    tied = [attempt("scratch", 0.3, 0.6, name) for name in ("fixed", "long")]
+    assert dtl_report.worst_cases(tied) == dtl_report.worst_cases(tied[::-1])
+
+
+def test_too_small_a_task_is_one_line(dtl_command, tmp_path):
+    result = dtl_command("audit", "--out", tmp_path, *TINY, "--subset-per-class", 1)
+    assert result.code == 1 and "a fifth of each class" in result.output and "Traceback" not in result.output
+
+
 def test_an_unfinished_grid_is_told():
     fixed = [dict(seed=0, model=m, metric="pl_accuracy", task="downstream", value=0.5, config="x")
              for m in ("scratch", "transferred")]
