@@ -101,7 +101,7 @@ class Config:
     chunks: int = setting(4, "chunks of a source batch whose gradients collide")
     chunk_size: int = setting(32, "images a chunk; the rivals get chunks * chunk_size source images a step")
     forget_weights: str = setting(
-        "neggrad=1,random-labels=3,uniform=3,bad-teacher=3,scrub=3,gc=30,gc-fresh=10",
+        "neggrad=1,random-labels=3,uniform=10,bad-teacher=3,scrub=3,gc=30,gc-fresh=30",
         "weight of each method's forget loss, METHOD=NUMBER,...; those not named keep the preset's",
     )
     dispose_steps: int = setting(1500, "steps of a disposal that starts from the transferred weights")
