@@ -236,8 +236,11 @@ def figures(out: Path, run: dict, runs: Sequence[dict], rows: dict, records: lis
     for r in records:
         if r.get("attacker") and r["metric"] in ("accuracy", "mean_cosine"):
             curves[r["attacker"], r["task"], r["metric"], r["model"], r["step"]].append(r["value"])
+        elif r["metric"] == "audit_pl_accuracy" and r["value"] is not None and r["fields"]["times"] > 1 and not r["attacker_seed"]:
+            end = r["fields"]["times"] * run["settings"]["attack_steps"]
+            curves[r["attacker"], r["task"], "accuracy", r["model"], end].append(r["value"])
     if curves:
-        attacker = max({c[0] for c in curves}, key=lambda name: max(c[4] for c in curves if c[0] == name))
+        attacker = max({c[0] for c in curves}, key=lambda name: (max(c[4] for c in curves if c[0] == name), name))
         chart, panels = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
         for column, task in enumerate(PIGGYBACK_TASKS):
             for row, metric in enumerate(("accuracy", "mean_cosine")):
