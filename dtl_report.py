@@ -236,7 +236,7 @@ def figures(out: Path, run: dict, runs: Sequence[dict], rows: dict, records: lis
     for r in records:
         if r.get("attacker") and r["metric"] in ("accuracy", "mean_cosine"):
             curves[r["attacker"], r["task"], r["metric"], r["model"], r["step"]].append(r["value"])
-        elif r["metric"] == "audit_pl_accuracy" and r["value"] is not None and r["fields"]["times"] > 1 and not r["attacker_seed"]:
+        elif r["metric"] == "audit_pl_accuracy" and r["value"] and r["fields"]["times"] > 1 and not r["attacker_seed"]:
             end = r["fields"]["times"] * run["settings"]["attack_steps"]
             curves[r["attacker"], r["task"], "accuracy", r["model"], end].append(r["value"])
     if curves:
