@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtl_data import ARCHIVES, Task, load_task, parse_task, read_archive
-from dtl_report import PIGGYBACK_TASKS, report
+from dtl_report import PIGGYBACK_TASKS, report, strongest
 from dtl_store import DTLError, Results, Watch, append, digest, load, save, show, stream, write_atomically
 
 __version__ = "0.1.0"
@@ -1025,21 +1025,7 @@ class Experiment:
         self.results.append([*noted, record | {"value": value} | ({"is": name} if model == "oracle" else {})])
         return value
 
-    def audit(self, model: str, task: str, grid: Sequence[Attacker], attacker_seeds: int,
-              told: Callable[[Attacker, dict], None]) -> None:
-        """Every attacker of the grid once, then the one that did best on held-out images with further seeds."""
-        if model == "oracle" and self.oracle() is None:
-            return
-        hold_out(self.task(task), 1.0)  # too small a task is the user's mistake, not a failed attempt
-        tried = [(self.attempt(model, task, attacker, 0, told), attacker) for attacker in grid]
-        comparable = [(r["valid"], a) for r, a in tried if r["value"] is not None and not a.other_half]
-        if comparable:
-            strongest = max(comparable, key=lambda pair: (pair[0], str(pair[1])))[1]
-            for seed in range(1, attacker_seeds):
-                self.attempt(model, task, strongest, seed, told)
-
-    def attempt(self, model: str, task: str, attacker: Attacker, attacker_seed: int,
-                told: Callable[[Attacker, dict], None]) -> dict:
+    def attempt(self, model: str, task: str, attacker: Attacker, attacker_seed: int) -> dict:
         """One attacker's try, from results.jsonl if it is there; one that failed is kept with `value` null."""
         name = self.oracle() if model == "oracle" else model
         schedule = self.schedule(attacker.times * self.config.attack_steps, attacker.lr or self.config.attack_lr,
@@ -1059,7 +1045,6 @@ class Experiment:
                 known["failed"] = str(error)
             known["seconds"] = round(time.monotonic() - began, 1)
             self.results.append([*self.noted(record, watch.notes), known])
-        told(attacker, known)
         return known
 
     def record(self, model: str, metric: str, task: str | None, depends: list) -> dict:
@@ -1235,29 +1220,34 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
 
 
 def audit(experiments: list[Experiment], models: list[str], grid: Sequence[Attacker], attacker_seeds: int) -> None:
-    attempts = len(experiments) * len(models) * len(PIGGYBACK_TASKS) * (len(grid) + attacker_seeds - 1)
+    """Every attacker of the grid on every model, then further seeds of the one that is strongest on it."""
+    names = [(e, m, t) for e in experiments for m in models for t in PIGGYBACK_TASKS if m != "oracle" or e.oracle()]
+    attempts = len(names) * (len(grid) + attacker_seeds - 1)
     click.echo(f"\naudit: {len(grid)} attackers, then {attacker_seeds - 1} more seeds of the strongest, on {len(models)} "
                f"models and both piggyback tasks: {attempts} attempts")
-    done, told_at, spent = 0, 0.0, []
+    for e, _, task in names:
+        hold_out(e.task(task), 1.0)  # too small a task is the user's mistake, not a failed attempt
+    told_at, spent = 0.0, []
     with click.progressbar(length=attempts, label="audit", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
 
-        def told(attacker: Attacker, record: dict) -> None:
-            nonlocal done, told_at
-            done += 1
+        def attempt(experiment: Experiment, model: str, task: str, attacker: Attacker, seed: int) -> None:
+            nonlocal told_at
+            spent.append(experiment.attempt(model, task, attacker, seed)["seconds"])
             bar.update(1)
-            spent.append(record.get("seconds", 0))
             if not sys.stderr.isatty() and time.monotonic() - told_at > 20:
                 told_at = time.monotonic()
-                left = statistics.mean(spent) * (attempts - done) / 60
-                click.echo(f"audit {done}/{attempts}, about {left:.0f} min left: seed {record['seed']} {record['model']} "
-                           f"{record['task']}, {attacker}")
+                left = statistics.mean(spent) * (attempts - len(spent)) / 60
+                click.echo(f"audit {len(spent)}/{attempts}, about {left:.0f} min left: seed {experiment.seed} {model} {task}, "
+                           f"{attacker}")
 
-        for experiment in experiments:
-            for model in models:
-                for task in PIGGYBACK_TASKS:
-                    experiment.audit(model, task, grid, attacker_seeds, told)
-            experiment.models.clear()
-            experiment.task.cache_clear()
+        for experiment, model, task in names:
+            for attacker in grid:
+                attempt(experiment, model, task, attacker, 0)
+        first = experiments[0]
+        chosen = strongest(first.results.read(first.config_hash))
+        for experiment, model, task in names:
+            for seed in range(1, attacker_seeds):
+                attempt(experiment, model, task, Attacker(**chosen[model, task]["fields"]), seed)
 
 
 for _stage, _help in STAGES.items():

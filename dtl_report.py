@@ -24,20 +24,30 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
-def worst_cases(records: list[dict]) -> dict[tuple, tuple[float, str]]:
-    """(seed, model, task) -> (PL accuracy of the strongest attacker of the audit, the mean over the attacker's seeds, and
-    its name). The strongest is the one that did best on the held-out piggyback data, by the attacker's first seed."""
-    attempts = collections.defaultdict(list)
+def strongest(records: list[dict]) -> dict[tuple[str, str], dict]:
+    """(model, task) -> an attempt of the attacker that is strongest on it: by accuracy on the held-out piggyback data, the
+    mean over the seeds of the model (a failed attempt counts as 0), by each attacker's first seed."""
+    tried = collections.defaultdict(list)
     for r in records:
-        if r["metric"] == "audit_pl_accuracy" and r["value"] is not None and not r["fields"]["other_half"]:
-            attempts[r["seed"], r["model"], r["task"]].append(r)
-    worst = {}
-    for which, tried in attempts.items():
-        first = [r for r in tried if r["attacker_seed"] == 0]
-        if first:
-            name = max(first, key=lambda r: (r["valid"], r["attacker"]))["attacker"]
-            worst[which] = statistics.mean(r["value"] for r in tried if r["attacker"] == name), name
-    return worst
+        if r["metric"] == "audit_pl_accuracy" and r["attacker_seed"] == 0 and not r["fields"]["other_half"]:
+            tried[r["model"], r["task"], r["attacker"]].append(r)
+    best: dict[tuple[str, str], tuple] = {}
+    for (model, task, name), attempts in tried.items():
+        seeds = {r["seed"] for r in attempts}
+        rank = (len(seeds), sum(r["valid"] or 0 for r in attempts), name)
+        best[model, task] = max(best.get((model, task), (rank, attempts[0])), (rank, attempts[0]), key=lambda pair: pair[0])
+    return {which: attempt for which, (_, attempt) in best.items()}
+
+
+def worst_cases(records: list[dict]) -> dict[tuple, tuple[float, str]]:
+    """(seed, model, task) -> (PL accuracy of the strongest attacker, the mean over the attacker's seeds, and its name)."""
+    chosen, values = strongest(records), collections.defaultdict(list)
+    for r in records:
+        if r["metric"] == "audit_pl_accuracy" and r["value"] is not None and (r["model"], r["task"]) in chosen:
+            if r["attacker"] == chosen[r["model"], r["task"]]["attacker"]:
+                values[r["seed"], r["model"], r["task"]].append(r["value"])
+    return {(seed, model, task): (statistics.mean(found), chosen[model, task]["attacker"])
+            for (seed, model, task), found in values.items()}
 
 
 def summarise(records: list[dict], models: Sequence[str]) -> dict[str, dict[str, list[float]]]:
@@ -154,16 +164,17 @@ def audit_notes(records: list[dict]) -> list[str]:
     short = sorted({f"{model} (seed {seed})" for seed, model, task in models if grids[seed, model, task] != every})
     failed = sum(r["value"] is None for r in attempts)
     compared = sum("other half" not in name for name in every)
+    seeds, attacker_seeds = len({r["seed"] for r in attempts}), max(r["attacker_seed"] for r in attempts) + 1
     lines = [f"worst: the strongest of {compared} attackers, each model's own, chosen on a fifth of the piggyback data that is "
-             f"held out; mean of its {max(r['attacker_seed'] for r in attempts) + 1} seeds. A leak of 0 reads \"resists these "
-             f"{compared} attackers up to this budget\"." + (f" {failed} attempts failed to train." if failed else ""), ""]
+             f"held out{', over all seeds' if seeds > 1 else ''}; mean of its {attacker_seeds} seeds. A leak of 0 reads \"resists "
+             f"these {compared} attackers up to this budget\"." + (f" {failed} attempts failed to train." if failed else ""), ""]
     return [*lines, *([f"NOT FINISHED, the grid is incomplete for: {', '.join(short)}.", ""] if short else [])]
 
 
 def audit_tables(records: list[dict], rows: dict, models: Sequence[str], cell: Any) -> list[str]:
     """Which attackers were the strongest, and the probe of the other half of the classes."""
-    chosen = collections.Counter((task, name) for (_, _, task), (_, name) in worst_cases(records).items())
-    lines = ["The strongest attacker, how often: " + "; ".join(
+    chosen = collections.Counter((task, r["attacker"]) for (_, task), r in strongest(records).items())
+    lines = ["The strongest attacker, on how many models: " + "; ".join(
         f"{task}: " + ", ".join(f"{name} ({n})" for (t, name), n in chosen.most_common() if t == task)
         for task in PIGGYBACK_TASKS) + ".", ""]
     if any("probe pl" in column for row in rows.values() for column in row):
