@@ -146,7 +146,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30", subset_per_class=30,
         network="resnet8", batch_size=64, pretrain_steps=600, transfer_steps=300, transfer_lr=0.05, dispose_steps=300,
-        fresh_steps=400, attack_steps=100, chunks=2, forget_weights="gc=10",
+        fresh_steps=600, attack_steps=100, chunks=2, forget_weights="gc=10,gc-fresh=10",
     ),
     "cifar": {},
     "cifar-small": dict(

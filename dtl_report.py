@@ -154,21 +154,23 @@ def report(out: Path, config: str | None, models: Sequence[str]) -> str:
 def audit_notes(records: list[dict]) -> list[str]:
     """What the audit was, and whether every model has had all of it."""
     attempts = [r for r in records if r["metric"] == "audit_pl_accuracy"]
-    grids = collections.defaultdict(set)
-    for r in attempts:
-        if r["attacker_seed"] == 0:
-            grids[r["seed"], r["model"], r["task"]].add(r["attacker"])
-    every = set.union(*grids.values())
-    models = {(r["seed"], r["model"], task) for r in records if r["metric"] == "pl_accuracy" and r["model"] != "pretrained"
-              for task in PIGGYBACK_TASKS}
-    short = sorted({f"{model} (seed {seed})" for seed, model, task in models if grids[seed, model, task] != every})
-    failed = sum(r["value"] is None for r in attempts)
-    compared = sum("other half" not in name for name in every)
     seeds, attacker_seeds = len({r["seed"] for r in attempts}), max(r["attacker_seed"] for r in attempts) + 1
+    grids, repeats, chosen = collections.defaultdict(set), collections.Counter(), strongest(records)
+    for r in attempts:
+        grids[r["seed"], r["model"], r["task"]].add(r["attacker"])
+        if r["attacker"] == chosen.get((r["model"], r["task"]), {}).get("attacker"):
+            repeats[r["seed"], r["model"], r["task"]] += 1
+    every = set.union(*grids.values())
+    wanted = {(r["seed"], r["model"], task) for r in records if r["metric"] == "pl_accuracy" and r["model"] != "pretrained"
+              for task in PIGGYBACK_TASKS}
+    short = sorted({f"{which[1]} (seed {which[0]})" for which in wanted
+                    if grids[which] != every or repeats[which] < attacker_seeds})
+    compared, failed = sum("other half" not in name for name in every), sum(r["value"] is None for r in attempts)
     lines = [f"worst: the strongest of {compared} attackers, each model's own, chosen on a fifth of the piggyback data that is "
-             f"held out{', over all seeds' if seeds > 1 else ''}; mean of its {attacker_seeds} seeds. A leak of 0 reads \"resists "
-             f"these {compared} attackers up to this budget\"." + (f" {failed} attempts failed to train." if failed else ""), ""]
-    return [*lines, *([f"NOT FINISHED, the grid is incomplete for: {', '.join(short)}.", ""] if short else [])]
+             f"held out{', over all seeds' if seeds > 1 else ''}; mean of its {attacker_seeds} seeds. A leak of 0 reads "
+             f'"resists these {compared} attackers up to this budget".'
+             + (f" {failed} attempts failed to train." if failed else ""), ""]
+    return [*lines, *([f"NOT FINISHED, the audit is incomplete for: {', '.join(short)}.", ""] if short else [])]
 
 
 def audit_tables(records: list[dict], rows: dict, models: Sequence[str], cell: Any) -> list[str]:

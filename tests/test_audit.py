@@ -197,6 +197,8 @@ def test_an_unfinished_grid_is_told():
             for t in dtl.PIGGYBACK_TASKS]
     assert not any("NOT FINISHED" in line for line in dtl_report.audit_notes(fixed + both))
     assert any("NOT FINISHED" in line and "transferred" in line for line in dtl_report.audit_notes(fixed + both[:-1]))
+    again = attempt("scratch", 0.5, 0.5, "long", 1)  # a second seed of the strongest for one model and task alone
+    assert any("NOT FINISHED" in line and "scratch" in line for line in dtl_report.audit_notes([*fixed, *both, again]))
 
 
 @pytest.mark.parametrize("given, message", [
