@@ -34,7 +34,7 @@ def test_commands_run(command, tmp_path):
     name = arguments[0] if arguments else "--help"
     if name == "bench":
         arguments.append("--help")  # takes a minute; tests/test_cli.py runs it small
-    if name in dtl.STAGES:
+    if name == "audit" or name in dtl.STAGES:
         arguments += [*TINY, "--out", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "none")]
         arguments += [] if "--methods" in arguments else ["--methods", "gc"]
     elif name == "data":
@@ -54,7 +54,8 @@ def test_commands_run(command, tmp_path):
 
 def test_help_of_every_option_named():
     known = {"--" + f.replace("_", "-") for f in dtl.Config.__dataclass_fields__}
-    known |= {"--gpu", "--seeds", "--preset", "--methods", "--out", "--data-dir", "--native", "--save-every"}
+    known |= {"--gpu", "--seeds", "--preset", "--methods", "--out", "--data-dir", "--native", "--save-every",
+              "--budget", "--attacker-seeds"}
     text = re.sub(r"^```.*?^```", "", README, flags=re.S | re.M)
     assert set(re.findall(r"`(--[a-z-]+)", text)) - known - {"--extra-index-url", "--build-arg", "--user"} == set()
 
