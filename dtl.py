@@ -36,7 +36,8 @@ the source, 1 the transferred model; worst case: each model's strongest of 5 att
     neggrad        -0.5 +- 1.1 %     0.78 +- 0.06     0.80 +- 0.16     0.60 +- 0.09     0.78 +- 0.26
     scrub          +0.1 +- 0.5 %     0.86 +- 0.15     0.86 +- 0.34     0.74 +- 0.19     0.83 +- 0.36
 
-"Resists these 5 attackers up to this budget", never "erased". Methods that keep the transferred weights give the knowledge back.
+"Resists these 5 attackers up to this budget", never "erased". Methods that keep the transferred weights give the knowledge
+back.
 
 No official code is public and this file was written from the paper's abstract. What the abstract leaves open is marked
 `# OUR READING` where it is decided, and listed in the README. No number here is the paper's.
