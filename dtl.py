@@ -47,26 +47,20 @@ import contextlib
 import copy
 import functools
 import hashlib
-import json
 import math
-import platform
 import re
-import statistics
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import click
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtl_data import ARCHIVES, Task, load_task, parse_task, read_archive
+from dtl_data import ARCHIVES, Task, batch, hold_out, load_task, normalise, of_classes, parse_task, read_archive
 from dtl_report import PIGGYBACK_TASKS, report, strongest
-from dtl_store import DTLError, Results, Watch, append, digest, load, save, show, stream, write_atomically
+from dtl_store import DTLError, Log, Results, Watch, begin_run, digest, find_device, load, progress, save, stream, terse_errors
 
 __version__ = "0.1.0"
 
@@ -87,8 +81,7 @@ class Config:
     target: str = setting("cifar10@50", "target task: transferred to, and to be kept")
     downstream: str = setting("cifar100[80:100]@50", "new downstream data of the attacker's")
     subset_per_class: int = setting(50, "source images a class that the attacker has")
-    split: str = setting("test", "measure on the test images, or on a tenth of the training images held out",
-                         ("test", "validation"))
+    split: str = setting("test", "measure on test images, or a tenth of the training images", ("test", "validation"))
     image_size: int = setting(0, "pixels a side after area averaging; 0: as stored")
     network: str = setting("resnet18", "backbone", ("resnet18", "resnet8"))
 
@@ -101,13 +94,11 @@ class Config:
     transfer_lr: float = setting(0.02, "its peak learning rate")
 
     # OUR READING: the abstract gives neither retain loss, similarity, chunks, head nor weights.
-    retain: str = setting("distill", "what keeps the target: distillation from the transferred model, or labels",
-                          ("distill", "ce"))
+    retain: str = setting("distill", "what keeps the target: the transferred model's outputs, or labels", ("distill", "ce"))
     temperature: float = setting(4.0, "temperature of the distillation")
     retain_weight: float = setting(1.0, "weight of the retain loss")
     similarity: str = setting("dot", "what gradients collide in: inner product or cosine", ("dot", "cos"))
-    gc_head: str = setting("fresh", "head the GC loss goes through: a random one each step, or the stored one",
-                           ("fresh", "source"))
+    gc_head: str = setting("fresh", "head of the GC loss: a random one each step, or the stored one", ("fresh", "source"))
     gc_ramp: float = setting(0.5, "share of a disposal into a fresh backbone over which the weight of GC rises from zero")
     chunks: int = setting(4, "chunks of a source batch whose gradients collide")
     chunk_size: int = setting(32, "images a chunk; the rivals get chunks * chunk_size source images a step")
@@ -363,25 +354,20 @@ def gradient_stats(gradients: Sequence[Sequence[Tensor | None]], backend: str = 
                 raise ValueError(f"parameter {k}: {dtype}, {layout} gradients; pass dense float32 or float64")
             columns.append(column)
             devices.add(device)
-    on_cpu = all(device.type == "cpu" for device in devices)
+    if len(devices) > 1:
+        raise ValueError(f"gradients on several devices: {devices}")
     module, reason = native_routine()
     if backend == "native" and module is None:
         raise RuntimeError(f"backend 'native': {reason}")
-    if backend == "native" and not on_cpu:
-        raise ValueError(f"backend 'native' reads CPU memory, and these gradients are on {devices}: use 'torch'")
-    if len(devices) > 1:
-        raise ValueError(f"gradients on several devices: {devices}")
-    native = backend != "torch" and on_cpu and module is not None and n <= 1024
-    if backend == "native" and not native:
-        raise ValueError(f"backend 'native' takes up to 1024 chunks, not {n}: use 'torch'")
+    readable = n <= 1024 and all(device.type == "cpu" for device in devices)
+    if backend == "native" and not readable:
+        raise ValueError(f"backend 'native' takes up to 1024 chunks in CPU memory, not {n} on {devices}: use 'torch'")
+    native = backend != "torch" and module is not None and readable
 
     with torch.no_grad():
         gram = torch.zeros(n, n, dtype=torch.float64, device="cpu" if native else next(iter(devices), "cpu"))
         for column in columns:
-            if native:
-                _add_gram_native(module, column, gram)
-            else:
-                _add_gram_torch(column, gram)
+            _add_gram_native(module, column, gram) if native else _add_gram_torch(column, gram)
         gram = (gram + gram.T).cpu() / 2  # BLAS may round the two triangles differently
         norms = gram.diagonal().sqrt()
         scale = torch.where(norms == 0, 1.0, norms)
@@ -423,26 +409,7 @@ def chunk_statistics(model: "Model", x: Tensor, y: Tensor, chunks: int = 4) -> d
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Images on the device, and networks
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Crop (an eighth of the side as padding) and flip each image by itself. (B, 3, H, W) uint8 -> the same."""
-    b, _, height, width = images.shape
-    pad, device = max(1, height // 8), images.device
-    padded = F.pad(images, (pad, pad, pad, pad))
-    top, left, flip = (torch.randint(0, high, (b, 1), generator=generator, device=device)
-                       for high in (2 * pad + 1, 2 * pad + 1, 2))
-    rows = top + torch.arange(height, device=device)  # (B, H)
-    columns = torch.arange(width, device=device).expand(b, -1)
-    columns = left + torch.where(flip == 1, width - 1 - columns, columns)  # (B, W)
-    index = torch.arange(b, device=device)[:, None, None]
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 -> float32 about [-2, 2]. Constants, so that no task's statistics reach a model that never saw it."""
-    return (images.float() - 127.5) / 63.75
+# Networks
 
 
 class Block(nn.Module):
@@ -583,29 +550,15 @@ def optimise(
             try:
                 terms = loss_terms(step, generator.manual_seed(stream(seed, step)))
             except ValueError as error:  # the GC loss looks for itself whether it is finite
-                raise DTLError(f"{watch.name}: step {step} of {schedule.steps}: {error}") from error
+                raise watch.error(step, schedule.steps, str(error)) from error
             terms["gradient"] = nn.utils.clip_grad_norm_(parameters, schedule.clip).item()
             if not all(map(math.isfinite, terms.values())):
-                raise DTLError(f"{watch.name}: step {step} of {schedule.steps} is not finite: {show(terms)}; a smaller "
-                               "weight or learning rate may help")
+                raise watch.error(step, schedule.steps, terms)
             optimizer.step()
             advance(1)
             watch.step(step + 1, schedule.steps, terms,
                        lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
     model.eval()
-
-
-def batch(task: Task, size: int, step: int, seed: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Step `step`'s images (B, 3, H, W), augmented and normalised, and labels (B,): every epoch in a new order."""
-    size = min(size, len(task.y))
-    epoch, k = divmod(step, len(task.y) // size)
-    index = epoch_order(len(task.y), stream(seed, "epoch", epoch))[k * size : (k + 1) * size].to(task.y.device)
-    return normalise(augment(task.x[index], generator)), task.y[index]
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def fit(model: "Model", task: Task, schedule: Schedule, seed: int, watch: Watch, inspect_at: Sequence[int] = (),
@@ -793,27 +746,6 @@ def attack(backbone: ResNet, task: Task, attacker: Attacker, schedule: Schedule,
     return accuracy(model, judged), accuracy(model, task)
 
 
-def hold_out(task: Task, fraction: float) -> tuple[Task, Task]:
-    """(`fraction` of four fifths of each class's training images, the task with the last fifth as its test images)."""
-    known, held = [], []
-    for c in range(task.classes):
-        of_class = torch.nonzero(task.y == c).flatten()
-        cut = max(1, len(of_class) * 4 // 5)
-        known.append(of_class[: max(1, round(cut * fraction))])
-        held.append(of_class[cut:])
-    known, held = torch.cat(known), torch.cat(held)
-    if not len(held):
-        raise DTLError(f"task {task.name}: an audit holds a fifth of each class out, and every class has one image")
-    return replace(task, x=task.x[known], y=task.y[known]), replace(task, x_test=task.x[held], y_test=task.y[held])
-
-
-def of_classes(task: Task, classes: Sequence[int]) -> Task:
-    """The images of these classes, labels as they were."""
-    classes = torch.tensor(list(classes), device=task.y.device)
-    train, test = torch.isin(task.y, classes), torch.isin(task.y_test, classes)
-    return replace(task, x=task.x[train], y=task.y[train], x_test=task.x_test[test], y_test=task.y_test[test])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Disposal methods. A forget loss sees the student's logits (B, source classes) on source images through the stored
 # source head (frozen: a head that could be trained would do the forgetting itself), their labels (B,), and how to get
@@ -893,7 +825,6 @@ class Experiment:
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(own) if path.is_file()]  # a user's .npz
         self.config_hash = digest([asdict(config), *self.environment(), *files])[:10]
         self.models: dict[str, Model] = {}
-        self.printed = 0.0
 
     def environment(self) -> list:
         return [RECIPE, torch.__version__, self.device.type]
@@ -927,35 +858,29 @@ class Experiment:
                                            new_head(1, 2, torch.Generator(self.device)))
         if name == "pretrained":
             task, schedule = self.task("source"), self.schedule(c.pretrain_steps, c.pretrain_lr)
-            return [task.fingerprint, schedule], lambda watch: pretrain(
-                task, c.network, schedule, stream(seed, "pretrain"), watch)
+            return [task.fingerprint, schedule], functools.partial(
+                pretrain, task, c.network, schedule, stream(seed, "pretrain"))
         if name == "scratch" or name.startswith("target@"):
-            task = self.task("target" if name == "scratch" else name)
-            schedule = self.schedule(c.fresh_steps, c.fresh_lr)
-            return [task.fingerprint, schedule], lambda watch: pretrain(
-                task, c.network, schedule, stream(seed, "scratch"), watch)
+            task, schedule = self.task(name.replace("scratch", "target")), self.schedule(c.fresh_steps, c.fresh_lr)
+            return [task.fingerprint, schedule], functools.partial(
+                pretrain, task, c.network, schedule, stream(seed, "scratch"))
         if name == "transferred":
             task, schedule = self.task("target"), self.schedule(c.transfer_steps, c.transfer_lr)
             return [self.key("pretrained"), task.fingerprint, schedule], lambda watch: transfer(
                 self.model("pretrained"), task, schedule, stream(seed, "transfer"), watch)
         if name.startswith("disposed:"):
-            method = METHODS[name.removeprefix("disposed:")]
-            if method.fresh:
-                schedule = self.schedule(c.fresh_steps, c.fresh_lr)
-            else:
-                schedule = self.schedule(c.dispose_steps, c.dispose_lr)
+            method = name.removeprefix("disposed:")
+            forget, fresh = METHODS[method].forget, METHODS[method].fresh
+            schedule = self.schedule(*((c.fresh_steps, c.fresh_lr) if fresh else (c.dispose_steps, c.dispose_lr)))
             options = dict(network=c.network, temperature=c.temperature, retain_weight=c.retain_weight)
-            options |= {} if method.fresh else {"retain": c.retain}
-            if method.forget is not None or method.fresh:
-                options |= dict(chunks=c.chunks, chunk_size=c.chunk_size)
-            if method.forget is not None:
-                options |= dict(forget_weight=parse_weights(c.forget_weights)[name.removeprefix("disposed:")])
-            if method.forget is gradient_collision:
-                options |= dict(similarity=c.similarity, gc_head=c.gc_head)
-                options |= dict(gc_ramp=c.gc_ramp) if method.fresh else {}
+            options |= {} if fresh else dict(retain=c.retain)
+            options |= dict(chunks=c.chunks, chunk_size=c.chunk_size) if forget or fresh else {}
+            options |= dict(forget_weight=parse_weights(c.forget_weights)[method]) if forget else {}
+            options |= dict(similarity=c.similarity, gc_head=c.gc_head) if forget is gradient_collision else {}
+            options |= dict(gc_ramp=c.gc_ramp) if forget is gradient_collision and fresh else {}
             return [self.key("transferred"), schedule, options], lambda watch: dispose(
-                self.model("transferred"), self.model("pretrained").head, self.task("source"), self.task("target"),
-                name.removeprefix("disposed:"), schedule, stream(seed, "dispose"), watch, **options)
+                self.model("transferred"), self.model("pretrained").head, self.task("source"), self.task("target"), method,
+                schedule, stream(seed, "dispose"), watch, **options)
         victim, task = name.removeprefix("piggyback ").rsplit(" ", 1)
         schedule = self.schedule(c.attack_steps, c.attack_lr)
         return [self.key(victim), self.task(task).fingerprint, schedule], lambda watch: piggyback(
@@ -972,7 +897,7 @@ class Experiment:
         state = load(path, self.device)
         make = self.recipe(name)[1]
         if state is None:
-            watch = Watch(f"seed {self.seed} {name}", path, self.device, self.save_every, self.log)
+            watch = Watch(f"seed {self.seed} {name}", path, self.device, self.save_every, Log(self.out, self.config_hash))
             result = make(watch)
             if isinstance(result, Model):
                 state = {"backbone": result.backbone.state_dict(), "head": result.head.state_dict()}
@@ -1024,16 +949,15 @@ class Experiment:
         record = self.record(model, metric, task, depends)
         if known := self.results.known(record):
             return known["value"]
-        noted = []
+        notes = []
         if metric == "pl_accuracy":
             state = self.stage(f"piggyback {name} {task}")
-            value = state["value"]
-            noted = self.noted(record, state["notes"])
+            value, notes = state["value"], state["notes"]
         elif metric == "target_accuracy":
             value = accuracy(self.model(name), self.task("target"))
         else:  # source_accuracy, with the stored source head
             value = accuracy(Model(self.model(name).backbone, self.model("pretrained").head), self.task("source"))
-        self.results.append([*noted, record | {"value": value} | ({"is": name} if model == "oracle" else {})])
+        self.results.add(notes, record | {"value": value} | ({"is": name} if model == "oracle" else {}))
         return value
 
     def attempt(self, model: str, task: str, attacker: Attacker, attacker_seed: int) -> dict:
@@ -1055,7 +979,7 @@ class Experiment:
             except DTLError as error:
                 known["failed"] = str(error)
             known["seconds"] = round(time.monotonic() - began, 1)
-            self.results.append([*self.noted(record, watch.notes), known])
+            self.results.add(watch.notes, known)
         return known
 
     def record(self, model: str, metric: str, task: str | None, depends: list) -> dict:
@@ -1063,83 +987,21 @@ class Experiment:
         file of that name have changed."""
         return dict(seed=self.seed, model=model, metric=metric, task=task, config=self.config_hash, key=digest(depends)[:12])
 
-    @staticmethod
-    def noted(record: dict, notes: list[dict]) -> list[dict]:
-        """What was noted on the way of an attack, a record each."""
-        return [record | {"metric": metric, "step": note["step"], "value": value} for note in notes
-                for metric, value in note.items() if metric != "step"]
-
-    def log(self, row: dict) -> None:
-        append(self.out / "log.jsonl", json.dumps({"config": self.config_hash} | row) + "\n")
-        if "step" in row and (row["step"] == row["steps"] or time.monotonic() - self.printed > 20):
-            self.printed = time.monotonic()
-            terms = {k: v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
-            click.echo(f"{row['stage']:<46} {row['step']:>6}/{row['steps']:<6} {row['seconds']:>7.1f} s  {show(terms)}")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-def resolve_device(gpu: int | None) -> torch.device:
-    if gpu is None:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise DTLError(f"--gpu {gpu}: this PyTorch ({torch.__version__}) sees no CUDA device; install a CUDA build and "
-                       "driver, or leave --gpu out to run on the CPU")
-    if not 0 <= gpu < torch.cuda.device_count():
-        raise DTLError(f"--gpu {gpu}: the CUDA devices here are numbered 0..{torch.cuda.device_count() - 1}")
-    torch.backends.cudnn.benchmark = True
-    return torch.device("cuda", gpu)
-
-
-def versions_of(device: torch.device) -> dict[str, str]:
-    name = f"GPU {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else (
-        f"CPU, {torch.get_num_threads()} threads, {platform.machine()}")
-    return {"dtl": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "device": name}
-
-
-def git_revision() -> str:
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True, timeout=10,
-                              capture_output=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def one_line_errors(command: Callable) -> Callable:
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (DTLError, OSError) as error:
-            raise click.ClickException(" ".join(str(error).split())) from None
-        except torch.OutOfMemoryError as error:
-            raise click.ClickException(f"out of GPU memory, try a smaller --batch-size: {str(error).splitlines()[0]}") from None
-        except KeyboardInterrupt as interrupt:
-            click.echo(f"\ninterrupted: {interrupt or 'between stages'}; finished stages are saved; the same command goes on "
-                       "from there", err=True)
-            sys.exit(130)
-
-    return run
-
-
-def parse_seeds(context: click.Context, option: click.Parameter, text: str) -> list[int]:
-    try:
-        seeds = [int(t) for t in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of whole numbers like 0,1,2") from None
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise click.BadParameter(f"{text!r}: seeds are whole numbers of at least 0, each once")
-    return seeds
-
-
-def parse_methods(context: click.Context, option: click.Parameter, text: str) -> list[str]:
-    methods = [t.strip() for t in text.split(",")]
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise click.BadParameter(f"no method {', '.join(map(repr, unknown))}; known: {', '.join(METHODS)}")
-    return methods
+def parse_list(context: click.Context, option: click.Parameter, text: str) -> list:
+    """--methods gc,uniform and --seeds 0,1,2."""
+    items = [t.strip() for t in text.split(",")]
+    if option.name == "methods":
+        if unknown := [m for m in items if m not in METHODS]:
+            raise click.BadParameter(f"no method {', '.join(map(repr, unknown))}; known: {', '.join(METHODS)}")
+        return items
+    if not all(t.isdecimal() for t in items) or len(set(map(int, items))) < len(items):
+        raise click.BadParameter(f"{text!r}: seeds are whole numbers of at least 0, each once, as in 0,1,2")
+    return [int(t) for t in items]
 
 
 out_option = click.option("--out", type=click.Path(path_type=Path), default="runs", envvar="DTL_OUT")
@@ -1154,9 +1016,9 @@ def experiment_options(command: Callable) -> Callable:
         click.option("--save-every", default=30.0, help="Seconds between saves within a stage.", show_default=True),
         data_dir_option,
         out_option,
-        click.option("--methods", default=",".join(METHODS), callback=parse_methods, show_default=True,
+        click.option("--methods", default=",".join(METHODS), callback=parse_list, show_default=True,
                      help="Disposal methods."),
-        click.option("--seeds", default="0", callback=parse_seeds, help="Seeds, as in 0,1,2.", show_default=True),
+        click.option("--seeds", default="0", callback=parse_list, help="Seeds, as in 0,1,2.", show_default=True),
         click.option("--gpu", type=int, help="CUDA device; the CPU if left out."),
         click.option("--preset", type=click.Choice(list(PRESETS)), help="Default: demo, or cifar with --gpu."),
     ):
@@ -1185,7 +1047,7 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
     settings = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
     if given["forget_weights"]:
         settings["forget_weights"] = PRESETS[preset].get("forget_weights", "") + "," + given["forget_weights"]
-    config, device = Config(**settings), resolve_device(gpu)
+    config, device = Config(**settings), find_device(gpu)
     experiments = [Experiment(config, seed, device, out, data_dir, save_every) for seed in seeds]
     models = {"pretrain": ["pretrained"], "transfer": ["transferred"]}.get(stage, [f"disposed:{m}" for m in methods])
     if stage == "piggyback":
@@ -1193,26 +1055,9 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
     elif stage in ("all", "audit"):
         models = [*REFERENCES, *models]
 
-    versions, revision, tasks = versions_of(device), git_revision(), experiments[0].check_tasks()
-    command = "python dtl.py " + " ".join(sys.argv[1:])
-    click.echo(f"{command}\nrevision {revision}, Python {versions['python']}, torch {versions['torch']}, "
-               f"{versions['device']}\npreset {preset}, seeds {seeds}, config {experiments[0].config_hash}\n"
-               f"native routine: {native_routine()[1]}")
-    for name, value in asdict(config).items():
-        click.echo(f"  {name:<18} {value}")
-    for name, task in tasks.items():
-        click.echo(f"  {name:<18} {len(task.y)} training, {len(task.y_test)} {config.split} images, {task.classes} classes, "
-                   f"{task.x.shape[2]}x{task.x.shape[3]}")
-    run_record = dict(command=command, started=time.time(), config_hash=experiments[0].config_hash, preset=preset,
-                      seeds=seeds, methods=methods, settings=asdict(config), versions=versions, revision=revision,
-                      data={})
-    for experiment in experiments:
-        run_record["data"][experiment.seed] = {n: t.fingerprint for n, t in experiment.check_tasks().items()}
-    path = out / f"run-{experiments[0].config_hash}.json"
-    for stale in out.rglob("*.tmp"):  # of writes that were killed
-        if time.time() - stale.stat().st_mtime > 3600:
-            stale.unlink(missing_ok=True)
-    write_atomically(path, json.dumps(run_record, indent=1).encode())
+    tasks = {experiment.seed: experiment.check_tasks() for experiment in experiments}
+    path = begin_run(out, experiments[0].config_hash, preset, seeds, methods, asdict(config), device, native_routine()[1],
+                     tasks)
     for experiment in experiments:
         for model in models:
             if model not in ("random", "pretrained"):
@@ -1238,49 +1083,39 @@ def audit(experiments: list[Experiment], models: list[str], grid: Sequence[Attac
                f"models and both piggyback tasks: {attempts} attempts")
     for e, _, task in names:
         hold_out(e.task(task), 1.0)  # too small a task is the user's mistake, not a failed attempt
-    told_at, spent = 0.0, []
-    with click.progressbar(length=attempts, label="audit", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-
-        def attempt(experiment: Experiment, model: str, task: str, attacker: Attacker, seed: int) -> None:
-            nonlocal told_at
-            spent.append(experiment.attempt(model, task, attacker, seed)["seconds"])
-            bar.update(1)
-            if not sys.stderr.isatty() and time.monotonic() - told_at > 20:
-                told_at = time.monotonic()
-                left = statistics.mean(spent) * (attempts - len(spent)) / 60
-                click.echo(f"audit {len(spent)}/{attempts}, about {left:.0f} min left: seed {experiment.seed} {model} {task}, "
-                           f"{attacker}")
-
+    with progress("audit", attempts) as advance:
         for experiment, model, task in names:
             for attacker in grid:
-                attempt(experiment, model, task, attacker, 0)
-        first = experiments[0]
-        chosen = strongest(first.results.read(first.config_hash))
+                advance(f"seed {experiment.seed} {model} {task}, {attacker}")
+                experiment.attempt(model, task, attacker, 0)
+        chosen = strongest(Results(experiments[0].out).read(experiments[0].config_hash))
         for experiment, model, task in names:
             for seed in range(1, attacker_seeds):
-                attempt(experiment, model, task, Attacker(**chosen[model, task]["fields"]), seed)
+                attacker = Attacker(**chosen[model, task]["fields"])
+                advance(f"seed {experiment.seed} {model} {task}, {attacker}, its seed {seed}")
+                experiment.attempt(model, task, attacker, seed)
 
 
 for _stage, _help in STAGES.items():
-    main.command(_stage, help=_help)(experiment_options(one_line_errors(functools.partial(run, _stage))))
+    main.command(_stage, help=_help)(experiment_options(terse_errors(functools.partial(run, _stage))))
 
 main.command("audit", help="All models under a grid of attackers: the worst case of piggyback learning.")(
     click.option("--budget", type=click.Choice(list(AUDITS)), default="small", help="Which grid of attackers.")(
         click.option("--attacker-seeds", type=click.IntRange(1), help="Seeds of the strongest; 1 if small, 3 if full.")(
-            experiment_options(one_line_errors(functools.partial(run, "audit"))))))
+            experiment_options(terse_errors(functools.partial(run, "audit"))))))
 
 
 @main.command("report", help="The tables again, from what is in --out.")
 @out_option
 @click.option("--config", help="Hash of the run to report; the last one if left out.")
-@one_line_errors
+@terse_errors
 def report_command(out: Path, config: str | None) -> None:
     click.echo(report(out, config, REPORTED))
 
 
 @main.command("data", help="Fetch and verify CIFAR-10 and CIFAR-100.")
 @data_dir_option
-@one_line_errors
+@terse_errors
 def data_command(data_dir: Path) -> None:
     for name in ARCHIVES:
         x, y, x_test, y_test = read_archive(name, data_dir)
@@ -1291,13 +1126,11 @@ def data_command(data_dir: Path) -> None:
 @click.option("--gpu", type=int, help="CUDA device; the CPU if left out.")
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="resnet8")
 @click.option("--native", is_flag=True, help="The statistics of chunk gradients instead.")
-@one_line_errors
+@terse_errors
 def bench(gpu: int | None, network: str, native: bool) -> None:
-    try:
-        import dtl_bench
-    except ImportError:
-        raise DTLError("bench: dtl_bench.py is not beside dtl.py; it comes with the repository") from None
-    dtl_bench.native() if native else dtl_bench.loss(network, resolve_device(gpu))
+    import dtl_bench  # where it is not used, it costs nothing
+
+    dtl_bench.native() if native else dtl_bench.loss(network, find_device(gpu))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from dtl import (
     gradient_stats,
     native_routine,
     new_backbone,
-    versions_of,
 )
+from dtl_store import versions_of
 
 FORMS = ("SGD step", "gradient_collision_loss", "gradient_collision_backward")
 

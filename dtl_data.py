@@ -8,8 +8,9 @@ import re
 import socket
 import sys
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Sequence
 
 import click
 import numpy as np
@@ -72,6 +73,59 @@ def load_task(name: str, seed: int, data_dir: Path, device: torch.device, split:
             torch.tensor([len(i) for i in indices]))]
     fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in sets)).hexdigest()
     return Task(name, *(t.to(device) for t in sets), classes=len(chosen), fingerprint=fingerprint)
+
+
+def hold_out(task: Task, fraction: float) -> tuple[Task, Task]:
+    """(`fraction` of four fifths of each class's training images, the task with the last fifth as its test images)."""
+    known, held = [], []
+    for c in range(task.classes):
+        of_class = torch.nonzero(task.y == c).flatten()
+        cut = max(1, len(of_class) * 4 // 5)
+        known.append(of_class[: max(1, round(cut * fraction))])
+        held.append(of_class[cut:])
+    known, held = torch.cat(known), torch.cat(held)
+    if not len(held):
+        raise DTLError(f"task {task.name}: an audit holds a fifth of each class out, and every class has one image")
+    return replace(task, x=task.x[known], y=task.y[known]), replace(task, x_test=task.x[held], y_test=task.y[held])
+
+
+def of_classes(task: Task, classes: Sequence[int]) -> Task:
+    """The images of these classes, labels as they were."""
+    classes = torch.tensor(list(classes), device=task.y.device)
+    train, test = torch.isin(task.y, classes), torch.isin(task.y_test, classes)
+    return replace(task, x=task.x[train], y=task.y[train], x_test=task.x_test[test], y_test=task.y_test[test])
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Crop (an eighth of the side as padding) and flip each image by itself. (B, 3, H, W) uint8 -> the same."""
+    b, _, height, width = images.shape
+    pad, device = max(1, height // 8), images.device
+    padded = F.pad(images, (pad, pad, pad, pad))
+    top, left, flip = (torch.randint(0, high, (b, 1), generator=generator, device=device)
+                       for high in (2 * pad + 1, 2 * pad + 1, 2))
+    rows = top + torch.arange(height, device=device)  # (B, H)
+    columns = torch.arange(width, device=device).expand(b, -1)
+    columns = left + torch.where(flip == 1, width - 1 - columns, columns)  # (B, W)
+    index = torch.arange(b, device=device)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 -> float32 about [-2, 2]. Constants, so that no task's statistics reach a model that never saw it."""
+    return (images.float() - 127.5) / 63.75
+
+
+def batch(task: Task, size: int, step: int, seed: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Step `step`'s images (B, 3, H, W), augmented and normalised, and labels (B,): every epoch in a new order."""
+    size = min(size, len(task.y))
+    epoch, k = divmod(step, len(task.y) // size)
+    index = epoch_order(len(task.y), stream(seed, "epoch", epoch))[k * size : (k + 1) * size].to(task.y.device)
+    return normalise(augment(task.x[index], generator)), task.y[index]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def parse_task(name: str) -> re.Match:

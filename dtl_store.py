@@ -1,4 +1,4 @@
-"""Seeds, checkpoints, log and results of dtl.py: what is on disk is whole or not there, and is checked when read."""
+"""Seeds, device, checkpoints, log, results and errors of dtl.py: what is on disk is whole, and is checked when read."""
 
 import contextlib
 import functools
@@ -6,12 +6,15 @@ import hashlib
 import io
 import json
 import os
+import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,9 +131,51 @@ class Watch:
             save(self.path, state() | {"step": done, "notes": self.notes})
             self.saved, self.saved_step = time.monotonic(), done
 
+    def error(self, step: int, steps: int, what: str | dict[str, float]) -> DTLError:
+        """Why the stage stops: in words, or the terms that are not finite."""
+        what = what if isinstance(what, str) else f"not finite: {show(what)}; a smaller weight or learning rate may help"
+        return DTLError(f"{self.name}: step {step} of {steps}: {what}")
+
     def note(self, step: int, statistics: dict[str, float]) -> None:
         self.notes.append({"step": step} | statistics)
         self.log({"stage": self.name, "noted": step} | statistics)
+
+
+class Log:
+    """OUT/log.jsonl, a line a row; on the screen too, a stage's end and else a row every 20 seconds."""
+
+    printed = 0.0
+
+    def __init__(self, out: Path, config: str) -> None:
+        self.path, self.config = out / "log.jsonl", config
+
+    def __call__(self, row: dict) -> None:
+        append(self.path, json.dumps({"config": self.config} | row) + "\n")
+        if "step" in row and (row["step"] == row["steps"] or time.monotonic() - Log.printed > 20):
+            Log.printed = time.monotonic()
+            terms = {k: v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
+            click.echo(f"{row['stage']:<46} {row['step']:>6}/{row['steps']:<6} {row['seconds']:>7.1f} s  {show(terms)}")
+
+
+@contextlib.contextmanager
+def progress(label: str, length: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, else a line every 20 seconds, with the time left. What it yields is called before each piece of
+    work, with words for it."""
+    printed, last, done, spent = 0.0, time.monotonic(), -1, []
+    with click.progressbar(length=length, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+
+        def advance(work: str) -> None:
+            nonlocal printed, last, done
+            now, last, done = time.monotonic() - last, time.monotonic(), done + 1
+            spent.extend([now] if now > 0.1 else [])  # or what an earlier run has done would count as fast
+            bar.update(min(done, 1))
+            if not sys.stderr.isatty() and last - printed > 20:
+                printed = last
+                left = f"about {sum(spent) / len(spent) * (length - done) / 60:.0f} min left: " if spent else ""
+                click.echo(f"{label} {done}/{length}, {left}{work}")
+
+        yield advance
+        bar.update(1)
 
 
 def show(terms: dict[str, float]) -> str:
@@ -176,6 +221,12 @@ class Results:
                     return record
         return None
 
+    def add(self, notes: list[dict], record: dict) -> None:
+        """A measurement, after a record for each thing that was noted on its way."""
+        same = {k: v for k, v in record.items() if k in (*self.IDENTITY, "key")}
+        self.append([*(same | {"metric": metric, "step": note["step"], "value": value} for note in notes
+                       for metric, value in note.items() if metric != "step"), record])
+
     def append(self, records: list[dict]) -> None:
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         append(self.path, ("\n" if torn else "") + "".join(json.dumps(record) + "\n" for record in records))
@@ -190,3 +241,70 @@ def append(path: Path, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise DTLError(f"cannot write {path}: {error.strerror}; mend that and run the same command again") from None
+
+
+def find_device(gpu: int | None) -> torch.device:
+    if gpu is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DTLError(f"--gpu {gpu}: this PyTorch ({torch.__version__}) sees no CUDA device; install a CUDA build and "
+                       "driver, or leave --gpu out to run on the CPU")
+    if not 0 <= gpu < torch.cuda.device_count():
+        raise DTLError(f"--gpu {gpu}: the CUDA devices here are numbered 0..{torch.cuda.device_count() - 1}")
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda", gpu)
+
+
+def versions_of(device: torch.device) -> dict[str, str]:
+    name = f"GPU {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else (
+        f"CPU, {torch.get_num_threads()} threads, {platform.machine()}")
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "device": name}
+
+
+def begin_run(out: Path, config_hash: str, preset: str, seeds: list[int], methods: list[str], settings: dict,
+              device: torch.device, native: str, tasks: dict[int, dict[str, Any]]) -> Path:
+    """Print what is about to run and on what; write the same, for the report, to OUT/run-HASH.json. tasks: by seed and name."""
+    command, revision, versions = "python dtl.py " + " ".join(sys.argv[1:]), git_revision(), versions_of(device)
+    click.echo(f"{command}\nrevision {revision}, Python {versions['python']}, torch {versions['torch']}, {versions['device']}\n"
+               f"preset {preset}, seeds {seeds}, config {config_hash}\nnative routine: {native}")
+    for name, value in settings.items():
+        click.echo(f"  {name:<18} {value}")
+    for name, task in tasks[seeds[0]].items():
+        click.echo(f"  {name:<18} {len(task.y)} training, {len(task.y_test)} {settings['split']} images, "
+                   f"{task.classes} classes, {task.x.shape[2]}x{task.x.shape[3]}")
+    data = {seed: {name: task.fingerprint for name, task in of_seed.items()} for seed, of_seed in tasks.items()}
+    path = out / f"run-{config_hash}.json"
+    for stale in out.rglob("*.tmp"):  # of writes that were killed
+        if time.time() - stale.stat().st_mtime > 3600:
+            stale.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(dict(
+        command=command, started=time.time(), config_hash=config_hash, preset=preset, seeds=seeds, methods=methods,
+        settings=settings, versions=versions, revision=revision, data=data), indent=1).encode())
+    return path
+
+
+def git_revision() -> str:
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True, timeout=10,
+                              capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def terse_errors(command: Callable) -> Callable:
+    """A click command whose user's mistakes are told in one line, with a non-zero exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (DTLError, OSError) as error:
+            raise click.ClickException(" ".join(str(error).split())) from None
+        except torch.OutOfMemoryError as error:
+            raise click.ClickException(f"out of GPU memory, try a smaller --batch-size: {str(error).splitlines()[0]}") from None
+        except KeyboardInterrupt as interrupt:
+            click.echo(f"\ninterrupted: {interrupt or 'between stages'}; finished stages are saved; the same command goes on "
+                       "from there", err=True)
+            sys.exit(130)
+
+    return run

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dtl
-from dtl_data import Task
+from dtl_data import Task, augment
 from dtl_store import stream
 
 TASKS = ("source-subset", "downstream")
@@ -106,7 +106,7 @@ def tuned(backbone: dtl.ResNet, task: Task, steps: int, seed: int) -> Logits:
         if len(order) < 64:
             order = torch.cat([order, torch.randperm(len(task.y), generator=generator)])
         chosen, order = order[:64], order[64:]
-        x, y = dtl.augment(task.x[chosen], generator).float(), task.y[chosen]
+        x, y = augment(task.x[chosen], generator).float(), task.y[chosen]
         share = 1 - torch.rand((), generator=generator).item() / 2
         logits = head(pooled(backbone, share * x + (1 - share) * x.flip(0)))
         loss = share * F.cross_entropy(logits, y, label_smoothing=0.1)

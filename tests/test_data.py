@@ -321,7 +321,7 @@ def variants(image):
 def test_augmented_images_are_crops_and_flips_of_their_own_image(seed, size):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (6, 3, *size), dtype=torch.uint8, generator=generator)
-    changed = dtl.augment(images, generator)
+    changed = dtl_data.augment(images, generator)
     assert changed.shape == images.shape and changed.dtype == torch.uint8
     for image, result in zip(images.numpy(), changed.numpy()):
         assert result.tobytes() in set(variants(image))
@@ -329,7 +329,7 @@ def test_augmented_images_are_crops_and_flips_of_their_own_image(seed, size):
 
 def test_every_crop_and_flip_occurs_image_by_image():
     image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
-    first, again = (dtl.augment(image.expand(500, -1, -1, -1), torch.Generator().manual_seed(3)) for _ in range(2))
+    first, again = (dtl_data.augment(image.expand(500, -1, -1, -1), torch.Generator().manual_seed(3)) for _ in range(2))
     assert first.equal(again)
     assert {i.numpy().tobytes() for i in first} == set(variants(image[0].numpy()))
 
