@@ -189,8 +189,7 @@ def gradient_collision_loss(losses, params, similarity="dot"):
         (retain_loss + 30.0 * forget).backward()
         optimizer.step()
     """
-    losses, params = list(losses), _gc_params(params, similarity)
-    _gc_check_count(losses)
+    losses, params = _gc_arguments(losses, params, similarity)
     total, value = [torch.zeros_like(p) for p in params], 0.0
     for i, loss in enumerate(losses):
         grads = _gc_gradient(loss, params, i, create_graph=True)
@@ -221,8 +220,7 @@ def gradient_collision_backward(chunk_losses, params, similarity="dot", weight=1
         gradient_collision_backward(chunks, model.parameters(), weight=30.0)
         optimizer.step()
     """
-    chunk_losses, params = list(chunk_losses), _gc_params(params, similarity)
-    _gc_check_count(chunk_losses)
+    chunk_losses, params = _gc_arguments(chunk_losses, params, similarity)
     total, value, seen = [torch.zeros_like(p) for p in params], 0.0, []
     for i, chunk_loss in enumerate(chunk_losses):
         loss = chunk_loss()
@@ -253,24 +251,21 @@ def gradient_collision_backward(chunk_losses, params, similarity="dot", weight=1
     return float(value / pairs)
 
 
-def _gc_params(params, similarity):
-    """params as a list, checked."""
+def _gc_arguments(chunks, params, similarity):
+    """chunks and params as lists, checked."""
     if similarity not in ("dot", "cos"):
         raise ValueError(f"similarity must be 'dot' or 'cos', not {similarity!r}")
     if isinstance(params, torch.Tensor):
         raise ValueError("params must be a sequence of tensors, not one tensor")
-    params = list(params)
+    chunks, params = list(chunks), list(params)
+    if len(chunks) < 2:
+        raise ValueError(f"gradients collide in pairs: at least 2 chunks are needed, not {len(chunks)}")
     if not params:
         raise ValueError("params is empty: nothing to differentiate by")
     for k, p in enumerate(params):
         if not p.requires_grad:
             raise ValueError(f"params[{k}] of shape {tuple(p.shape)} does not require grad")
-    return params
-
-
-def _gc_check_count(chunks):
-    if len(chunks) < 2:
-        raise ValueError(f"gradients collide in pairs: at least 2 chunks are needed, not {len(chunks)}")
+    return chunks, params
 
 
 def _gc_gradient(loss, params, i, create_graph=False):
@@ -610,19 +605,16 @@ def dispose(
     device = target.x.device
     teacher, original_head = frozen(transferred), frozen(source_head)
     stranger = frozen(Model(new_backbone(network, stream(seed, "stranger"), device), copy.deepcopy(source_head)))
+    student = copy.deepcopy(transferred)
     if fresh:
-        backbone = new_backbone(network, stream(seed, "student"), device)
         generator = torch.Generator(device).manual_seed(stream(seed, "student head"))
-        student = Model(backbone, new_head(backbone.features, target.classes, generator))
-    else:
-        student = copy.deepcopy(transferred)
+        student = Model(new_backbone(network, stream(seed, "student"), device),
+                        new_head(transferred.backbone.features, target.classes, generator))
 
     def loss_terms(step: int, generator: torch.Generator) -> dict[str, float]:
         x, y = batch(target, schedule.batch_size, step, seed, generator)
-        if retain == "ce" and not fresh:
-            loss = F.cross_entropy(student(x), y)
-        else:
-            loss = distillation(student(x), teacher(x), temperature)
+        labels = retain == "ce" and not fresh
+        loss = F.cross_entropy(student(x), y) if labels else distillation(student(x), teacher(x), temperature)
         (retain_weight * loss).backward()
         terms = {"retain": loss.item()}
         if (forget is None and not fresh) or not math.isfinite(terms["retain"]):  # the latter stops the stage
@@ -823,11 +815,9 @@ class Experiment:
         self.save_every, self.results = save_every, Results(out)
         own = {Path(parse_task(task)["set"]) for task in (config.source, config.target, config.downstream)}
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(own) if path.is_file()]  # a user's .npz
-        self.config_hash = digest([asdict(config), *self.environment(), *files])[:10]
+        self.environment = [RECIPE, torch.__version__, device.type]
+        self.config_hash = digest([asdict(config), *self.environment, *files])[:10]
         self.models: dict[str, Model] = {}
-
-    def environment(self) -> list:
-        return [RECIPE, torch.__version__, self.device.type]
 
     @functools.cache
     def task(self, name: str) -> Task:
@@ -889,7 +879,7 @@ class Experiment:
     @functools.cache
     def key(self, name: str) -> str:
         depends = [asdict(d) if isinstance(d, Schedule) else d for d in self.recipe(name)[0]]
-        return digest([*self.environment(), name, self.seed, self.config.network, depends])
+        return digest([*self.environment, name, self.seed, self.config.network, depends])
 
     def stage(self, name: str) -> Any:
         """The result of a stage: from its checkpoint, or made now and kept."""
@@ -912,12 +902,11 @@ class Experiment:
         """`random`, `pretrained`, `scratch`, `target@N`, `transferred`, `oracle`, `disposed:METHOD`."""
         if name not in self.models:
             state = self.stage(name)
-            backbone = new_backbone(self.config.network, 0, self.device)
             classes, features = state["head"]["weight"].shape
-            model = Model(backbone, nn.Linear(features, classes, device=self.device)).eval()
-            backbone.load_state_dict(state["backbone"])
+            model = Model(new_backbone(self.config.network, 0, self.device), nn.Linear(features, classes, device=self.device))
+            model.backbone.load_state_dict(state["backbone"])
             model.head.load_state_dict(state["head"])
-            self.models[name] = model
+            self.models[name] = model.eval()
         return self.models[name]
 
     def oracle(self) -> str | None:
@@ -1013,12 +1002,10 @@ def experiment_options(command: Callable) -> Callable:
         kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type
         command = click.option("--" + f.name.replace("_", "-"), f.name, type=kind, help=f.metadata["doc"] + ".")(command)
     for option in (
-        click.option("--save-every", default=30.0, help="Seconds between saves within a stage.", show_default=True),
-        data_dir_option,
-        out_option,
-        click.option("--methods", default=",".join(METHODS), callback=parse_list, show_default=True,
-                     help="Disposal methods."),
-        click.option("--seeds", default="0", callback=parse_list, help="Seeds, as in 0,1,2.", show_default=True),
+        click.option("--save-every", default=30.0, help="Seconds between saves within a stage."),
+        data_dir_option, out_option,
+        click.option("--methods", default=",".join(METHODS), callback=parse_list, help="Disposal methods."),
+        click.option("--seeds", default="0", callback=parse_list, help="Seeds, as in 0,1,2."),
         click.option("--gpu", type=int, help="CUDA device; the CPU if left out."),
         click.option("--preset", type=click.Choice(list(PRESETS)), help="Default: demo, or cifar with --gpu."),
     ):
@@ -1056,8 +1043,8 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
         models = [*REFERENCES, *models]
 
     tasks = {experiment.seed: experiment.check_tasks() for experiment in experiments}
-    path = begin_run(out, experiments[0].config_hash, preset, seeds, methods, asdict(config), device, native_routine()[1],
-                     tasks)
+    name = experiments[0].config_hash
+    path = begin_run(out, name, preset, seeds, methods, asdict(config), device, native_routine()[1], tasks)
     for experiment in experiments:
         for model in models:
             if model not in ("random", "pretrained"):
@@ -1071,7 +1058,7 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
     if stage == "audit":  # after all models are there: what is left to do is known, and a first report stands
         grid, seeds_of_strongest = AUDITS[budget]
         audit(experiments, [m for m in models if m != "pretrained"], grid, attacker_seeds or seeds_of_strongest)
-    click.echo("\n" + report(out, experiments[0].config_hash, REPORTED))
+    click.echo("\n" + report(out, name, REPORTED))
     click.echo(f"wrote {out / 'report.md'}, {out / 'results.jsonl'}, {path}")
 
 
@@ -1128,7 +1115,7 @@ def data_command(data_dir: Path) -> None:
 @click.option("--native", is_flag=True, help="The statistics of chunk gradients instead.")
 @terse_errors
 def bench(gpu: int | None, network: str, native: bool) -> None:
-    import dtl_bench  # where it is not used, it costs nothing
+    import dtl_bench
 
     dtl_bench.native() if native else dtl_bench.loss(network, find_device(gpu))
 

@@ -7,6 +7,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -342,6 +344,28 @@ def test_eight_python_threads_at_once():
 
 
 @needs_native
+def test_other_python_threads_run_during_a_call():
+    rows, gram = torch.ones(32, 1_000_000), torch.zeros(32, 32, dtype=torch.float64)
+    pointers = MODULE.ffi.new("const void *[]", [MODULE.ffi.cast("void *", row.data_ptr()) for row in rows])
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.is_set():
+            ticks.append(time.monotonic())
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    began = time.monotonic()
+    MODULE.lib.gc_gram_f32(pointers, 32, 1_000_000, 1, NAIVE, MODULE.ffi.cast("double *", gram.data_ptr()))
+    ended = time.monotonic()
+    done.set()
+    ticker.join()
+    within = [t for t in ticks if began < t < ended]  # with the GIL held there would be none, or one at either end
+    assert ended - began > 0.1 and len(within) >= 10, (ended - began, len(within))
+
+
+@needs_native
 def test_loading_and_calling_leave_the_floating_point_mode_alone():
     program = """
 import ctypes, ctypes.util, sys
@@ -379,6 +403,8 @@ assert before == loaded == mode() and before[1] > 0 and before[2] > 0, (before, 
 def test_everything_works_without_the_routine():
     program = """
 import sys
+import threading
+import time
 sys.modules["_gc_native_ext"] = None  # what a missing module does to an import
 import dtl, torch
 stats = dtl.gradient_stats([[torch.ones(3)], [-torch.ones(3)]])

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 COLUMNS = ("target", "source-subset fixed", "source-subset long", "downstream fixed", "downstream long")
-print("| trial | " + " | ".join(COLUMNS) + " |\n" + "|---" * (1 + len(COLUMNS)) + "|")
+print("| trial | attacks | " + " | ".join(COLUMNS) + " |\n" + "|---" * (2 + len(COLUMNS)) + "|")
 for line in (Path(__file__).parent / "trials.jsonl").read_text().splitlines():
     row = json.loads(line)
-    print(f"| {row['trial'].removesuffix(' seed 0')} | " + " | ".join(
+    print(f"| {row['trial'].removesuffix(' seed 0')} | {row.get('attacks', 1)} | " + " | ".join(
         f"{100 * row[c]:.1f}" if c in row else "-" for c in COLUMNS) + " |")

@@ -8,7 +8,6 @@ environment variable SEED, 0 by default), preset cifar-small. What won is in dtl
 """
 
 import copy
-import functools
 import json
 import os
 import statistics
@@ -33,12 +32,10 @@ def mixup(x, generator):
     return share * x + (1 - share) * x[torch.randperm(len(x), generator=generator)]
 
 
-def fresh(steps=1000, lam=10.0, ramp=0.0, mix=0, src=1, srcmix=0, chunks=2, init="fresh", traj=0, gap=1,
-          two=0, temp=4.0, heads=1, early=0):
+def fresh(steps=1000, lam=10.0, ramp=0.0, mix=0, src=1, srcmix=0, chunks=2, init="fresh", traj=0, gap=1):
     """lam: weight of GC; ramp: share of the steps over which it rises; mix, srcmix: mixup among target, among source images;
     src=0: no distillation on source images; init=top: stem and first block from the transferred model; traj: GC at weights
-    that a simulated attacker has trained for 0..traj steps; gap: GC only every so many steps; two: a second batch of target
-    images, mixed up, is distilled; temp: temperature; heads: fresh heads a step; early=1: stem and first two blocks collide."""
+    that a simulated attacker has trained for 0..traj steps; gap: GC only every so many steps."""
     source, target, teacher = experiment.task("source"), experiment.task("target"), dtl.frozen(experiment.model("transferred"))
     backbone = dtl.new_backbone(config.network, dtl.stream(SEED, "student"), CPU)
     generator = torch.Generator().manual_seed(dtl.stream(SEED, "student head"))
@@ -48,18 +45,12 @@ def fresh(steps=1000, lam=10.0, ramp=0.0, mix=0, src=1, srcmix=0, chunks=2, init
         backbone.blocks[0].load_state_dict(teacher.backbone.blocks[0].state_dict())
 
     def distil(x):
-        loss = dtl.distillation(student(x), teacher(x), temp)
+        loss = dtl.distillation(student(x), teacher(x), 4.0)
         loss.backward()
         return loss.item()
 
     def collide(x, y, weight, step, generator):
         head = dtl.new_head(backbone.features, source.classes, generator)
-        if early:
-            parts = [functools.partial(lambda x, y: F.cross_entropy(head(backbone(x)), y), *part)
-                     for part in zip(x.chunk(int(chunks)), y.chunk(int(chunks)))]
-            some = [*backbone.stem.parameters(), *backbone.blocks[:2].parameters()]
-            dtl.gradient_collision_backward(parts, some, "dot", weight)
-            return
         if not traj:
             dtl.gradient_collision(backbone, head, x, y, "dot", int(chunks), weight)
             return
@@ -80,18 +71,13 @@ def fresh(steps=1000, lam=10.0, ramp=0.0, mix=0, src=1, srcmix=0, chunks=2, init
     def loss_terms(step, generator):
         x, _ = dtl.batch(target, 64, step, SEED, generator)
         terms = {"retain": distil(mixup(x, generator) if mix else x)}
-        if two:
-            x, _ = dtl.batch(target, 64, step, dtl.stream(SEED, "two"), generator)
-            with dtl.running_statistics_kept(student):
-                distil(mixup(x, generator))
         x, y = dtl.batch(source, int(chunks) * 32, step, dtl.stream(SEED, "source"), generator)
         with dtl.running_statistics_kept(student):
             if src:
                 distil(mixup(x, generator) if srcmix else x)
             weight = lam * min(1.0, (step + 1) / (ramp * steps)) if ramp else lam
             if weight and step % int(gap) == 0:
-                for _ in range(int(heads)):
-                    collide(x, y, weight / heads, step, generator)
+                collide(x, y, weight, step, generator)
         return terms
 
     schedule = dtl.Schedule(int(steps), 0.1, 64, 5e-4, 5.0)
@@ -109,7 +95,8 @@ def attacked(model, task_, schedule, seed):
     return dtl.accuracy(dtl.learn(copy.deepcopy(model.backbone), task_, schedule, seed, dtl.Watch("attack")), task_)
 
 
-done = {json.loads(line)["trial"] for line in results.read_text().splitlines()} if results.exists() else set()
+lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+done = {row["trial"] for row in lines if row.get("attacks", 1) == ATTACKS}
 for spec in specs:
     trial = f"{spec} seed {SEED}"
     if trial in done:
