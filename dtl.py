@@ -17,7 +17,8 @@ data, and the accuracy reached is the PL accuracy. Lower is better.
     python dtl.py --help
 
 The method is all here, in the order of the paper: loss, networks, stages, attackers, rivals, experiment, command line. Beside
-it, dtl_data.py reads the data sets, dtl_store.py keeps checkpoints and results, dtl_report.py makes tables and figures.
+it, dtl_data.py reads the data sets, dtl_stats.py (and _gc_native.c) computes statistics of gradients, dtl_store.py keeps
+checkpoints and results, dtl_report.py makes tables and figures.
 
 EVIDENCE (python dtl.py audit --preset cifar-small --seeds 0,1,2 --attacker-seeds 3; experiments/cifar-small)
 
@@ -40,7 +41,7 @@ the source, 1 the transferred model; worst case: each model's strongest of 5 att
 back.
 
 No official code is public and this file was written from the paper's abstract. What the abstract leaves open is marked
-`# OUR READING` where it is decided, and listed in the README. No number here is the paper's.
+OUR READING where it is decided, and listed in the README. No number here is the paper's.
 """
 
 import contextlib
@@ -60,6 +61,7 @@ from torch import Tensor, nn
 
 from dtl_data import ARCHIVES, Task, batch, hold_out, load_task, normalise, of_classes, parse_task, read_archive
 from dtl_report import PIGGYBACK_TASKS, report, strongest
+from dtl_stats import GradientStats, gradient_stats, native_routine  # noqa: F401 (a reader of dtl finds them here)
 from dtl_store import DTLError, Log, Results, Watch, begin_run, digest, find_device, load, progress, save, stream, terse_errors
 
 __version__ = "0.1.0"
@@ -94,7 +96,7 @@ class Config:
     transfer_lr: float = setting(0.02, "its peak learning rate")
 
     # OUR READING: the abstract gives neither retain loss, similarity, chunks, head nor weights.
-    retain: str = setting("distill", "what keeps the target: the transferred model's outputs, or labels", ("distill", "ce"))
+    retain: str = setting("distill", "what keeps the target (fresh backbones: distill): distillation, labels", ("distill", "ce"))
     temperature: float = setting(4.0, "temperature of the distillation")
     retain_weight: float = setting(1.0, "weight of the retain loss")
     similarity: str = setting("dot", "what gradients collide in: inner product or cosine", ("dot", "cos"))
@@ -123,6 +125,8 @@ class Config:
                 raise DTLError(f"{option}: {value} is too small")
             if f.type is float and not (math.isfinite(value) and value >= 0):
                 raise DTLError(f"{option}: {value} is not a finite number of at least 0")
+            if f.name in ("clip", "temperature") and value == 0 or f.name == "gc_ramp" and value > 1:
+                raise DTLError(f"{option}: {value} must be {'at most 1' if value else 'above 0'}")
         weights = parse_weights(Config.forget_weights) | parse_weights(self.forget_weights)
         object.__setattr__(self, "forget_weights", ",".join(f"{m}={w:.12g}" for m, w in sorted(weights.items())))
 
@@ -183,9 +187,9 @@ def gradient_collision_loss(losses, params, similarity="dot"):
     no params, params that do not require grad, an unknown similarity. Source: Koh et al., arXiv 2308.09971 (ICCV
     2023); cosine or inner product is this project's reading. BatchNorm and dropout mode are the caller's.
 
-        chunks = zip(source_x.chunk(4), source_y.chunk(4))
-        losses = [F.cross_entropy(model(x), y) for x, y in chunks]
-        forget = gradient_collision_loss(losses, model.parameters())
+        head = nn.Linear(features, classes)  # random anew at every step: through the trained head it does not unlearn
+        losses = [F.cross_entropy(head(backbone(x)), y) for x, y in zip(source_x.chunk(4), source_y.chunk(4))]
+        forget = gradient_collision_loss(losses, [*backbone.parameters(), *head.parameters()])
         (retain_loss + 30.0 * forget).backward()
         optimizer.step()
     """
@@ -205,7 +209,8 @@ def gradient_collision_backward(chunk_losses, params, similarity="dot", weight=1
     """The same loss with the memory of one chunk: adds weight * dGC/dparams to each `.grad` and returns GC.
 
     chunk_losses: n >= 2 callables without arguments, each computing its chunk's loss, shape (), and giving the same
-    value when called again (same augmentation, same dropout mask, BatchNorm not reading its running statistics).
+    value when called again (same augmentation, same dropout mask; BatchNorm in training mode advances its running
+    statistics at each call: see `running_statistics_kept`).
     They are called twice, one after the other; nothing but S outlives a chunk. Per chunk a gradient, then a gradient
     with a Hessian-vector product:
 
@@ -215,9 +220,10 @@ def gradient_collision_backward(chunk_losses, params, similarity="dot", weight=1
     Over several processes S is the one thing to exchange. Returns a float; errors as `gradient_collision_loss`, and
     ValueError if a chunk's loss changed between the calls. If it raises, `.grad` may hold a part of the sum.
 
-        chunks = [lambda x=x, y=y: F.cross_entropy(model(x), y) for x, y in zip(source_x.chunk(8), source_y.chunk(8))]
+        head = nn.Linear(features, classes)  # random anew at every step
+        chunks = [lambda x=x, y=y: F.cross_entropy(head(backbone(x)), y) for x, y in zip(source_x.chunk(8), source_y.chunk(8))]
         retain_loss.backward()
-        gradient_collision_backward(chunks, model.parameters(), weight=30.0)
+        gradient_collision_backward(chunks, [*backbone.parameters(), *head.parameters()], weight=30.0)
         optimizer.step()
     """
     chunk_losses, params = _gc_arguments(chunk_losses, params, similarity)
@@ -296,114 +302,6 @@ def _gc_inverse_norm(grads):
 # --- to here ---
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Gradient statistics
-
-
-@dataclass(frozen=True)
-class GradientStats:
-    """What the gradients of n chunks have in common. Over no pairs at all (n = 1) the five scalars are 0."""
-
-    gram: Tensor  # (n, n) float64 on the CPU, <g_i, g_j>
-    cosine: Tensor  # (n, n) float64, 0 where a gradient is zero
-    norms: Tensor  # (n,) float64
-    mean_dot: float  # over the pairs i < j: GC with similarity="dot"
-    mean_cosine: float  # GC with similarity="cos"
-    min_cosine: float
-    max_cosine: float
-    collision_rate: float  # share of the pairs with <g_i, g_j> < 0
-    backend: str  # which computed it: "native" or "torch"
-
-
-@functools.cache
-def native_routine() -> tuple[Any, str]:
-    """(cffi module or None, one line for the header) of the optional C routine; python build_native.py builds it."""
-    try:
-        import _gc_native_ext as module
-    except Exception as error:  # noqa: BLE001 - a half-built or foreign library raises anything; never a reason to fail
-        return None, f"no ({error}); gradient statistics run in torch, slower: python build_native.py"
-    path = {1: "generic", 2: "fma", 3: "avx512"}.get(module.lib.gc_best_path(), "?")
-    return module, f"yes ({path}, {Path(module.__file__).name})"
-
-
-def gradient_stats(gradients: Sequence[Sequence[Tensor | None]], backend: str = "auto") -> GradientStats:
-    """Pairwise statistics of chunk gradients, read where they lie: nothing is flattened.
-
-    gradients[i][k]: chunk i's gradient for parameter k, n chunks in all; any shape, the same for every i; float32 or
-    float64, strided as it likes; None is a zero gradient. Products and sums are float64 whatever the input.
-    backend: "native" (the C routine, CPU only), "torch" (any device), "auto" (native where it can).
-    NaN and infinity spread to the entries they touch. ValueError: chunks, shapes, dtypes or devices do not match, or
-    "native" was asked for and the gradients are not on the CPU; RuntimeError: "native", and it is not built.
-    """
-    if backend not in ("auto", "native", "torch"):
-        raise ValueError(f"backend {backend!r}: choose auto, native or torch")
-    n = len(gradients)
-    if n == 0 or len({len(chunk) for chunk in gradients}) != 1:
-        raise ValueError(f"one or more chunks of as many gradients each, not {[len(chunk) for chunk in gradients]}")
-    columns, devices = [], set()  # columns: one entry a parameter, the n chunks' gradients for it
-    for k, column in enumerate(zip(*gradients, strict=True)):
-        kinds = {(g.shape, g.dtype, g.device, g.layout) for g in column if g is not None}
-        if len(kinds) > 1:
-            raise ValueError(f"parameter {k}: the chunks' gradients differ in shape, dtype or device: {kinds}")
-        for _, dtype, device, layout in kinds:  # one, or none where no chunk has a gradient for the parameter
-            if dtype not in (torch.float32, torch.float64) or layout != torch.strided:
-                raise ValueError(f"parameter {k}: {dtype}, {layout} gradients; pass dense float32 or float64")
-            columns.append(column)
-            devices.add(device)
-    if len(devices) > 1:
-        raise ValueError(f"gradients on several devices: {devices}")
-    module, reason = native_routine()
-    if backend == "native" and module is None:
-        raise RuntimeError(f"backend 'native': {reason}")
-    readable = n <= 1024 and all(device.type == "cpu" for device in devices)
-    if backend == "native" and not readable:
-        raise ValueError(f"backend 'native' takes up to 1024 chunks in CPU memory, not {n} on {devices}: use 'torch'")
-    native = backend != "torch" and module is not None and readable
-
-    with torch.no_grad():
-        gram = torch.zeros(n, n, dtype=torch.float64, device="cpu" if native else next(iter(devices), "cpu"))
-        for column in columns:
-            _add_gram_native(module, column, gram) if native else _add_gram_torch(column, gram)
-        gram = (gram + gram.T).cpu() / 2  # BLAS may round the two triangles differently
-        norms = gram.diagonal().sqrt()
-        scale = torch.where(norms == 0, 1.0, norms)
-        cosine = (gram / scale[:, None] / scale[None, :]).clamp(-1, 1)  # clamp: squares below 1e-308 lose their digits
-        i, j = torch.triu_indices(n, n, 1)
-        dots, cosines = (gram[i, j], cosine[i, j]) if n > 1 else (torch.zeros(1), torch.zeros(1))
-        means = [t.mean().item() for t in (dots, cosines, (dots < 0).double())]
-        return GradientStats(gram, cosine, norms, means[0], means[1], cosines.min().item(), cosines.max().item(), means[2],
-                             "native" if native else "torch")
-
-
-def _add_gram_native(module: Any, column: Sequence[Tensor | None], gram: Tensor) -> None:
-    rows = [g if g is None or g.is_contiguous() else g.contiguous() for g in column]  # kept alive through the call
-    some = next(g for g in rows if g is not None)
-    pointers = module.ffi.new("uintptr_t[]", [0 if g is None else g.data_ptr() for g in rows])  # 0, NULL: zeros
-    function = module.lib.gc_gram_f32 if some.dtype == torch.float32 else module.lib.gc_gram_f64
-    pointers_c = module.ffi.cast("const void *const *", pointers)
-    gram_c = module.ffi.cast("double *", gram.data_ptr())
-    code = function(pointers_c, len(rows), some.numel(), torch.get_num_threads(), 0, gram_c)
-    if code:
-        raise RuntimeError(f"_gc_native.c: error {code} (see its header) for {len(rows)} rows of {some.numel()}")
-
-
-def _add_gram_torch(column: Sequence[Tensor | None], gram: Tensor, block: int = 1 << 18) -> None:
-    some = next(g for g in column if g is not None)
-    rows = [(torch.zeros_like(some) if g is None else g).reshape(-1) for g in column]
-    for start in range(0, some.numel(), block):  # float64 copies of a block at a time, not of everything
-        part = torch.stack([row[start : start + block] for row in rows]).double()  # (n, block)
-        gram += part @ part.T
-
-
-def chunk_statistics(model: "Model", x: Tensor, y: Tensor, chunks: int = 4) -> dict[str, float]:
-    """What the log keeps of the gradients of cross entropy on `chunks` parts of a batch: x (B, 3, H, W), y (B,)."""
-    with running_statistics_kept(model):
-        gradients = [torch.autograd.grad(F.cross_entropy(model(part), labels), list(model.parameters()))
-                     for part, labels in zip(x.chunk(chunks), y.chunk(chunks))]
-    stats = gradient_stats(gradients)
-    return {name: getattr(stats, name) for name in ("mean_cosine", "mean_dot", "collision_rate")}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Networks
 
 
@@ -459,13 +357,13 @@ class Model(nn.Module):
 
 def new_backbone(network: str, seed: int, device: torch.device) -> ResNet:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return ResNet(*NETWORKS[network]).to(device)
 
 
 def new_head(features: int, classes: int, generator: torch.Generator) -> nn.Linear:
     """nn.Linear's own initialisation, from `generator`, on its device."""
-    head, bound = nn.Linear(features, classes, device=generator.device), features**-0.5
+    head, bound = nn.utils.skip_init(nn.Linear, features, classes, device=generator.device), features**-0.5
     with torch.no_grad():
         head.weight.uniform_(-bound, bound, generator=generator)
         head.bias.uniform_(-bound, bound, generator=generator)
@@ -474,16 +372,16 @@ def new_head(features: int, classes: int, generator: torch.Generator) -> nn.Line
 
 @contextlib.contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm in training mode normalises by the batch and leaves its running statistics alone. Source
-    images pass only so: the scrubbed model's statistics come from target data."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    """Inside, BatchNorm in training mode normalises by the batch and leaves its running statistics alone. OUR READING:
+    source images pass only so, and the scrubbed model's statistics come from target data."""
+    norms = [(m, m.track_running_stats) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     try:
-        for m in norms:
+        for m, _ in norms:
             m.track_running_stats = False
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, tracked in norms:
+            m.track_running_stats = tracked
 
 
 @torch.no_grad()
@@ -571,6 +469,15 @@ def fit(model: "Model", task: Task, schedule: Schedule, seed: int, watch: Watch,
         return {"loss": loss.item()}
 
     optimise(model, loss_terms, schedule, seed, watch, attacker)
+
+
+def chunk_statistics(model: "Model", x: Tensor, y: Tensor, chunks: int = 4) -> dict[str, float]:
+    """What the log keeps of the gradients of cross entropy on `chunks` parts of a batch: x (B, 3, H, W), y (B,)."""
+    with running_statistics_kept(model):
+        gradients = [torch.autograd.grad(F.cross_entropy(model(part), labels), list(model.parameters()))
+                     for part, labels in zip(*(t.tensor_split(min(chunks, len(x))) for t in (x, y)))]
+    stats = gradient_stats(gradients)
+    return {name: getattr(stats, name) for name in ("mean_cosine", "mean_dot", "collision_rate")}
 
 
 def learn(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: Watch,
@@ -748,7 +655,7 @@ def attack(backbone: ResNet, task: Task, attacker: Attacker, schedule: Schedule,
 def gradient_collision(backbone, head, x, y, similarity, chunks, weight) -> float:
     """GC over the backbone and the head in use: adds weight * dGC to the backbone's gradients, returns GC."""
     losses = [functools.partial(lambda x, y: F.cross_entropy(head(backbone(x)), y), *part)
-              for part in zip(x.chunk(chunks), y.chunk(chunks))]
+              for part in zip(x.tensor_split(chunks), y.tensor_split(chunks))]
     return gradient_collision_backward(losses, [*backbone.parameters(), *head.parameters()], similarity, weight)
 
 
@@ -803,7 +710,7 @@ REPORTED = (*REFERENCES, *(f"disposed:{m}" for m in METHODS))  # the rows of eve
 # The experiment: every model by name, made once, kept under everything it depends on
 
 
-RECIPE = 1  # raised when a change of this file changes what a stage computes: older checkpoints then no longer fit
+RECIPE = 1  # raised when a change of the code changes what a stage computes: older checkpoints then no longer fit
 
 
 class Experiment:
@@ -832,6 +739,8 @@ class Experiment:
 
     def check_tasks(self) -> dict[str, Task]:
         tasks = {name: self.task(name) for name in ("source", "target", "source-subset", "downstream")}
+        if len(tasks["source-subset"].y) > len(tasks["source"].y):
+            raise DTLError(f"--subset-per-class: {self.config.subset_per_class} is more than {self.config.source} has")
         sizes = {name: tuple(task.x.shape[2:]) for name, task in tasks.items()}
         if len(set(sizes.values())) > 1:
             raise DTLError(f"the tasks' images differ in size ({sizes}): give --image-size N to bring them to one")
@@ -899,7 +808,7 @@ class Experiment:
         return state
 
     def model(self, name: str) -> Model:
-        """`random`, `pretrained`, `scratch`, `target@N`, `transferred`, `oracle`, `disposed:METHOD`."""
+        """`random`, `pretrained`, `scratch`, `target@N`, `transferred`, `disposed:METHOD`."""
         if name not in self.models:
             state = self.stage(name)
             classes, features = state["head"]["weight"].shape
@@ -961,9 +870,9 @@ class Experiment:
         if known is None:
             watch, began = Watch(f"seed {self.seed} audit {model} {task}", device=self.device), time.monotonic()
             trace = (0, 1, 10, 30, 100, 300, 1000, 3000) if attacker.times > 1 and not attacker_seed else ()
-            known = record | {"value": None, "valid": None, "fields": asdict(attacker)}
+            known, backbone = record | {"value": None, "valid": None, "fields": asdict(attacker)}, self.model(name).backbone
             try:
-                known["valid"], known["value"] = attack(self.model(name).backbone, self.task(task), attacker, schedule,
+                known["valid"], known["value"] = attack(backbone, self.task(task), attacker, schedule,
                                                         stream(self.seed, "audit", task, attacker_seed), watch, trace)
             except DTLError as error:
                 known["failed"] = str(error)
@@ -1000,14 +909,16 @@ data_dir_option = click.option("--data-dir", type=click.Path(path_type=Path), de
 def experiment_options(command: Callable) -> Callable:
     for f in reversed(fields(Config)):
         kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type
-        command = click.option("--" + f.name.replace("_", "-"), f.name, type=kind, help=f.metadata["doc"] + ".")(command)
+        doc = f"{f.metadata['doc']} [{f.default}]."
+        command = click.option("--" + f.name.replace("_", "-"), f.name, type=kind, help=doc)(command)
     for option in (
         click.option("--save-every", default=30.0, help="Seconds between saves within a stage."),
         data_dir_option, out_option,
         click.option("--methods", default=",".join(METHODS), callback=parse_list, help="Disposal methods."),
         click.option("--seeds", default="0", callback=parse_list, help="Seeds, as in 0,1,2."),
         click.option("--gpu", type=int, help="CUDA device; the CPU if left out."),
-        click.option("--preset", type=click.Choice(list(PRESETS)), help="Default: demo, or cifar with --gpu."),
+        click.option("--preset", type=click.Choice(list(PRESETS)),
+                     help="Default: demo, or cifar with --gpu. In brackets: cifar's settings."),
     ):
         command = option(command)
     return command
@@ -1054,7 +965,6 @@ def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], metho
             for task in PIGGYBACK_TASKS if stage in ("piggyback", "all", "audit") else ():
                 experiment.measure(model, "pl_accuracy", task)
         experiment.models.clear()
-        experiment.task.cache_clear()
     if stage == "audit":  # after all models are there: what is left to do is known, and a first report stands
         grid, seeds_of_strongest = AUDITS[budget]
         audit(experiments, [m for m in models if m != "pretrained"], grid, attacker_seeds or seeds_of_strongest)
@@ -1117,6 +1027,8 @@ def data_command(data_dir: Path) -> None:
 def bench(gpu: int | None, network: str, native: bool) -> None:
     import dtl_bench
 
+    if native and (gpu is not None or native_routine()[0] is None):
+        raise DTLError(f"--native runs on the CPU and needs the C routine; here: --gpu {gpu}, {native_routine()[1]}")
     dtl_bench.native() if native else dtl_bench.loss(network, find_device(gpu))
 
 

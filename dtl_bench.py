@@ -1,6 +1,7 @@
 """What `python dtl.py bench` runs: the GC loss beside a plain SGD step, and the native routine beside torch.
 
-Every ratio comes from one run: what is compared takes turns, so that a busy moment of the machine meets all of it.
+Every ratio comes from one run; what is compared takes turns, so that a busy moment of the machine meets all of it (but
+torch in float64 and TorchJD, which take much longer and go last).
 """
 
 import functools
@@ -53,7 +54,7 @@ def prepare_step(form: str, chunks: int, chunk_size: int, network: str, device: 
 
 
 def peak_memory(form: str, chunks: int, chunk_size: int, network: str, device: torch.device) -> float:
-    """Peak MB of two steps above what there was before them. In a process of its own: a peak never falls."""
+    """Peak MB of two steps above that of a step on four images. In a process of its own: a peak never falls."""
     import resource
 
     def peak() -> float:
@@ -62,7 +63,10 @@ def peak_memory(form: str, chunks: int, chunk_size: int, network: str, device: t
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
     prepare_step(form, 2, 2, network, device)()  # libraries initialise themselves
-    step, before = prepare_step(form, chunks, chunk_size, network, device), peak()
+    step = prepare_step(form, chunks, chunk_size, network, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before = peak()
     step(), step()
     return peak() - before
 
@@ -126,8 +130,8 @@ def native(counts: Sequence[int] = (4, 8, 16, 32), repeats: int = 7) -> None:
         rows, chunks = [[row] for row in flat], [[part.clone() for part in row.split(sizes)] for row in flat]
         read, routine, listed, single = medians(
             functools.partial(torch.dot, flat.view(-1), flat.view(-1)),
-            functools.partial(gradient_stats, rows),
-            functools.partial(gradient_stats, chunks),
+            functools.partial(gradient_stats, rows, "native"),
+            functools.partial(gradient_stats, chunks, "native"),
             functools.partial(torch.matmul, flat, flat.T),
         )
         peer = f"{medians(functools.partial(compute_gramian, flat))[0]:.1f}" if compute_gramian else "-"

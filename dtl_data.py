@@ -5,9 +5,11 @@ import hashlib
 import http.client
 import os
 import re
+import shutil
 import socket
 import sys
 import tarfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Sequence
@@ -45,7 +47,7 @@ class Task:
     x_test: Tensor  # (M, 3, H, W) uint8
     y_test: Tensor  # (M,) int64
     classes: int
-    fingerprint: str  # sha256 of all of the above
+    fingerprint: str  # sha256 of the four tensors
 
 
 def load_task(name: str, seed: int, data_dir: Path, device: torch.device, split: str = "test", image_size: int = 0) -> Task:
@@ -143,7 +145,7 @@ def select_classes(task: str, text: str | None, count: int) -> list[int]:
             chosen = list(range(count))
         elif ":" in text:
             start, stop, *step = (int(t) if t.strip() else None for t in text.split(":"))
-            chosen = list(range(start or 0, count if stop is None else stop, *(s or 1 for s in step)))
+            chosen = list(range(start or 0, count if stop is None else stop, *(1 if s is None else s for s in step)))
         else:
             chosen = [int(t) for t in text.split(",")]
     except (ValueError, TypeError):
@@ -248,7 +250,8 @@ def fetch(name: str, data_dir: Path) -> Path:
     if not archive.exists():
         click.echo(f"downloading {address} to {archive}", err=True)
         for stale in data_dir.glob(f"{archive.name}.*.partial"):
-            stale.unlink()  # of a download that was killed: it is begun again
+            if time.time() - stale.stat().st_mtime > 3600:
+                stale.unlink()  # of a download that was killed: it is begun again
         socket.setdefaulttimeout(60)
         try:
             torch.hub.download_url_to_file(address, str(archive), hash_prefix=sha256, progress=sys.stderr.isatty())
@@ -268,7 +271,12 @@ def fetch(name: str, data_dir: Path) -> Path:
         for member in tar:  # only the names we want, as plain files: nothing can land elsewhere
             if member.isfile() and Path(member.name).name in (*train, test):
                 (unpacked / Path(member.name).name).write_bytes(tar.extractfile(member).read())
-    os.replace(unpacked, destination)
+    try:
+        os.replace(unpacked, destination)
+    except OSError:
+        if not destination.is_dir():  # or another run was faster
+            raise
+        shutil.rmtree(unpacked)
     return destination
 
 

@@ -20,7 +20,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return values[0], math.nan
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.5 / (n - 1)  # within 0.003 of the quantile
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.5 / (n - 1)  # within 0.004 of the quantile
     return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
@@ -122,7 +122,8 @@ def report(out: Path, config: str | None, models: Sequence[str]) -> str:
         mean, half = interval(row[column])
         scale, digits = (1, 2) if "leak" in column else (100, 1)
         sign = "+" if column == "change" else ""
-        return f"{mean * scale:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half * scale:.{digits}f}")
+        some = f" ({len(row[column])} of {len(seeds)})" if len(row[column]) < len(seeds) else ""  # where no leak is defined
+        return f"{mean * scale:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half * scale:.{digits}f}") + some
 
     columns = {"target acc. %": "target_accuracy", "change": "change"}
     for kind in ("worst", "fixed") if audited else ("fixed",):  # the worst case first, wherever both are shown
@@ -132,6 +133,7 @@ def report(out: Path, config: str | None, models: Sequence[str]) -> str:
     columns["source acc. %"] = "source_accuracy"
     table = [["model", *columns], *([model, *(cell(row, c) for c in columns.values())] for model, row in rows.items())]
     c, versions = run["settings"], run["versions"]
+    revisions = sorted({r["revision"] for r in records if "revision" in r} - {run["revision"]})
     oracle = sorted({str(r["is"]) for r in records if r["model"] == "oracle" and "is" in r})
     text = "\n".join([
         f"source `{c['source']}`, target `{c['target']}`, piggyback `source-subset` (the source @{c['subset_per_class']}) and "
@@ -143,7 +145,8 @@ def report(out: Path, config: str | None, models: Sequence[str]) -> str:
         "PL and leak: lower is better; below zero means hard to train, not more forgotten.", "",
         *(audit_notes(records) if audited else []), *markdown(table), "",
         *(audit_tables(records, rows, models, cell) if audited else []), *collision_table(records, models),
-        f"`{run['command']}`, config {run['config_hash']}, revision {run['revision']}, Python {versions['python']}, "
+        f"`{run['command']}`, config {run['config_hash']}, revision {run['revision']}"
+        + (f" (figures also of {', '.join(revisions)})" if revisions else "") + f", Python {versions['python']}, "
         f"torch {versions['torch']}, {versions['device']}.", "",
     ])
     write_atomically(out / "report.md", text.encode())
@@ -168,7 +171,8 @@ def audit_notes(records: list[dict]) -> list[str]:
     compared, failed = sum("other half" not in name for name in every), sum(r["value"] is None for r in attempts)
     lines = [f"worst: the strongest of {compared} attackers, each model's own, chosen on a fifth of the piggyback data that is "
              f"held out{', over all seeds' if seeds > 1 else ''}; mean of its {attacker_seeds} seeds. A leak of 0 reads "
-             f'"resists these {compared} attackers up to this budget".'
+             f'"resists these {compared} attackers up to this budget". The audit trains on the other four fifths, the fixed '
+             "attacker on all of the data, and so may get more than the worst case."
              + (f" {failed} attempts failed to train." if failed else ""), ""]
     return [*lines, *([f"NOT FINISHED, the audit is incomplete for: {', '.join(short)}.", ""] if short else [])]
 
@@ -241,8 +245,7 @@ def figures(out: Path, run: dict, runs: Sequence[dict], rows: dict, records: lis
             panel.axhline(0, color="0.6", lw=0.8)
             panel.set(xlabel="target accuracy, change in points (right is better)", title=task)
         panels[0].set_ylabel(f"{'worst-case' if kind == 'worst' else 'fixed attacker'} leak (down is better)")
-        if panels[1].lines:
-            panels[1].legend(*panels[0].get_legend_handles_labels(), fontsize=7)
+        panels[1].legend(*panels[0].get_legend_handles_labels(), fontsize=7)
         keep(chart, "front")
 
     curves = collections.defaultdict(list)

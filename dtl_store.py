@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -106,7 +107,8 @@ class Watch:
     def resume(self) -> dict | None:
         self.began = self.saved = time.monotonic()  # now, after whatever the stage had to wait for
         saved = self.path and load(self.path, self.device)
-        self.saved_step, self.notes = (saved["step"], saved["notes"]) if saved else (0, [])
+        if saved:
+            self.saved_step, self.notes = saved["step"], saved["notes"]
         return saved
 
     @contextlib.contextmanager
@@ -193,10 +195,11 @@ class Results:
     def read(self, config: str | None = None) -> list[dict]:
         """The records of one config, or all; of two of one identity the later."""
         records = {}
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError, TypeError):
                 record = json.loads(line)
-                if config in (None, record["config"]):
+                whole = {"config", "seed", "model", "metric", "task", "value"} <= record.keys()
+                if whole and config in (None, record["config"]):
                     records[tuple(record.get(k) for k in self.IDENTITY)] = record
         return list(records.values())
 
@@ -223,7 +226,8 @@ class Results:
 
     def add(self, notes: list[dict], record: dict) -> None:
         """A measurement, after a record for each thing that was noted on its way."""
-        same = {k: v for k, v in record.items() if k in (*self.IDENTITY, "key")}
+        record = record | {"revision": git_revision()}
+        same = {k: v for k, v in record.items() if k in (*self.IDENTITY, "key", "revision")}
         self.append([*(same | {"metric": metric, "step": note["step"], "value": value} for note in notes
                        for metric, value in note.items() if metric != "step"), record])
 
@@ -274,15 +278,17 @@ def begin_run(out: Path, config_hash: str, preset: str, seeds: list[int], method
                    f"{task.classes} classes, {task.x.shape[2]}x{task.x.shape[3]}")
     data = {seed: {name: task.fingerprint for name, task in of_seed.items()} for seed, of_seed in tasks.items()}
     path = out / f"run-{config_hash}.json"
-    for stale in out.rglob("*.tmp"):  # of writes that were killed
-        if time.time() - stale.stat().st_mtime > 3600:
-            stale.unlink(missing_ok=True)
+    for stale in (*out.glob("*.tmp"), *(out / "checkpoints").glob("*.tmp")):  # of our own writes that were killed
+        with contextlib.suppress(OSError):  # another run may be faster
+            if re.search(r"\.(pt|json|md|png|svg)\.\d+\.tmp$", stale.name) and time.time() - stale.stat().st_mtime > 3600:
+                stale.unlink()
     write_atomically(path, json.dumps(dict(
         command=command, started=time.time(), config_hash=config_hash, preset=preset, seeds=seeds, methods=methods,
         settings=settings, versions=versions, revision=revision, data=data), indent=1).encode())
     return path
 
 
+@functools.cache
 def git_revision() -> str:
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True, timeout=10,

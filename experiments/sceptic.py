@@ -8,7 +8,7 @@ probe    frozen backbone, BatchNorm statistics taken anew from the task, ridge r
 tuned    head from that ridge regression, then the whole net: early layers gently, Nesterov, cosine, mixup, smoothed labels
 revived  the same after each filter is rescaled to He's norm (dead ones drawn anew) and BatchNorm's affine part is reset
 
-Predictions average an image and its mirror image. Models that --out lacks are made there, as by `dtl.py run`.
+Predictions average an image and its mirror image. Models that --out lacks are made there, as by `dtl.py dispose`.
 """
 
 import copy

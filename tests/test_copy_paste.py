@@ -38,10 +38,11 @@ def test_docstring_example_runs(copied, name):
     example = copied[name].__doc__.split("\n\n")[-1].rstrip()
     assert len(example.strip().splitlines()) <= 5
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    before = [p.detach().clone() for p in model.parameters()]
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    before = [p.detach().clone() for p in backbone.parameters()]
     source_x, source_y = torch.randn(32, 6), torch.randint(0, 3, (32,))
-    names = dict(copied, F=F, model=model, source_x=source_x, source_y=source_y,
-                 optimizer=torch.optim.SGD(model.parameters(), 0.1), retain_loss=model(torch.randn(4, 6)).square().mean())
+    names = dict(copied, F=F, nn=nn, backbone=backbone, features=5, classes=3, source_x=source_x, source_y=source_y,
+                 optimizer=torch.optim.SGD(backbone.parameters(), 0.1),
+                 retain_loss=backbone(torch.randn(4, 6)).square().mean())
     exec(textwrap.dedent(example), names)
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(before, backbone.parameters()))

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import io
+import os
 import tarfile
 import threading
 import zipfile
@@ -207,6 +208,7 @@ def test_archive_is_fetched_and_read(name, tmp_path, serve):
     (tmp_path / "data").mkdir()
     stale = tmp_path / "data" / (dtl.ARCHIVES[name][0].rsplit("/", 1)[1] + ".0123abcd.partial")
     stale.write_bytes(b"of a download that was killed")
+    os.utime(stale, (1e9, 1e9))
     x, y, x_test, y_test = dtl.read_archive(name, tmp_path / "data")
     assert not stale.exists() and {p.name for p in folder.iterdir()} == set(files)
     *train, test = files.values()

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dtl
+import dtl_stats
 
 ROOT = Path(dtl.__file__).resolve().parent
 MODULE, STATE = dtl.native_routine()
@@ -275,7 +276,7 @@ def test_the_backend_is_chosen_and_told(monkeypatch):
     chunks = [[torch.ones(2)], [torch.ones(2)]]
     assert dtl.gradient_stats(chunks).backend == BACKENDS[0]
     assert dtl.gradient_stats(chunks, "torch").backend == "torch"
-    monkeypatch.setattr(dtl, "native_routine", lambda: (None, "no (not built): python build_native.py"))
+    monkeypatch.setattr(dtl_stats, "native_routine", lambda: (None, "no (not built): python build_native.py"))
     assert dtl.gradient_stats(chunks).backend == "torch"
     with pytest.raises(RuntimeError, match="build_native.py"):
         dtl.gradient_stats(chunks, "native")
