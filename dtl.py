@@ -96,7 +96,7 @@ class Config:
     transfer_lr: float = setting(0.02, "its peak learning rate")
 
     # OUR READING: the abstract gives neither retain loss, similarity, chunks, head nor weights.
-    retain: str = setting("distill", "what keeps the target (fresh backbones: distill): distillation, labels", ("distill", "ce"))
+    retain: str = setting("distill", "what keeps the target (a fresh backbone: distill alone)", ("distill", "ce"))
     temperature: float = setting(4.0, "temperature of the distillation")
     retain_weight: float = setting(1.0, "weight of the retain loss")
     similarity: str = setting("dot", "what gradients collide in: inner product or cosine", ("dot", "cos"))
@@ -724,7 +724,7 @@ class Experiment:
         files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(own) if path.is_file()]  # a user's .npz
         self.environment = [RECIPE, torch.__version__, device.type]
         self.config_hash = digest([asdict(config), *self.environment, *files])[:10]
-        self.models: dict[str, Model] = {}
+        self.log, self.models = Log(out, self.config_hash), {}  # models by name
 
     @functools.cache
     def task(self, name: str) -> Task:
@@ -796,7 +796,7 @@ class Experiment:
         state = load(path, self.device)
         make = self.recipe(name)[1]
         if state is None:
-            watch = Watch(f"seed {self.seed} {name}", path, self.device, self.save_every, Log(self.out, self.config_hash))
+            watch = Watch(f"seed {self.seed} {name}", path, self.device, self.save_every, self.log)
             result = make(watch)
             if isinstance(result, Model):
                 state = {"backbone": result.backbone.state_dict(), "head": result.head.state_dict()}

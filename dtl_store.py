@@ -198,7 +198,7 @@ class Results:
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError, TypeError):
                 record = json.loads(line)
-                whole = {"config", "seed", "model", "metric", "task", "value"} <= record.keys()
+                whole = isinstance(record, dict) and {"config", "seed", "model", "metric", "task", "value"} <= record.keys()
                 if whole and config in (None, record["config"]):
                     records[tuple(record.get(k) for k in self.IDENTITY)] = record
         return list(records.values())

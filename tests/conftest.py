@@ -26,8 +26,13 @@ TINY = dict(
 TINY_METHODS = ("uniform", "gc", "gc-fresh")  # without, with, and with GC into a fresh backbone
 
 
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)  # the networks are tiny: more threads only wait for one another, worst on a busy machine
+
+
 @pytest.fixture(autouse=True)
-def seeds():
+def seeds(request):
+    torch.set_num_threads(THREADS if request.module.__name__ == "test_native" else 1)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

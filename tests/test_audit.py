@@ -163,6 +163,27 @@ def test_an_attempt_that_fails_is_kept_as_failed(dtl_command, tmp_path, monkeypa
     assert f"{len(failed)} attempts failed" in result.output
 
 
+def test_a_mistake_outside_the_attack_is_no_failed_attempt(dtl_command, tmp_path, monkeypatch):
+    """It stops the run and is not kept: the same command goes on from there."""
+    attempted = dtl.Experiment.attempt
+
+    def disk_full(self, *args):
+        self.model = lambda name: (_ for _ in ()).throw(dtl.DTLError("cannot write: no space left"))
+        return attempted(self, *args)
+
+    monkeypatch.setattr(dtl.Experiment, "attempt", disk_full)
+    result = dtl_command("audit", "--out", tmp_path, *TINY)
+    assert result.code == 1 and "no space left" in result.output
+    assert not [r for r in lines(tmp_path) if r["metric"] == "audit_pl_accuracy"]
+
+
+@pytest.mark.parametrize("attacker", [dtl.Attacker(other_half=True), dtl.Attacker(scope="head-then-all")])
+def test_what_was_noted_outlives_the_phases(backbone, task, attacker):
+    watch = dtl.Watch("test")
+    dtl.attack(backbone, task, attacker, SCHEDULE, 7, watch, trace=(0, 1))
+    assert [note["step"] for note in watch.notes] == [0, 1] and all(0 <= note["accuracy"] <= 1 for note in watch.notes)
+
+
 def attempt(model, value, valid, attacker="fixed", attacker_seed=0, seed=0, other_half=False, task="downstream"):
     return dict(seed=seed, model=model, metric="audit_pl_accuracy", task=task, value=value, valid=valid, config="x",
                 attacker=attacker, attacker_seed=attacker_seed, fields={"other_half": other_half})

@@ -60,6 +60,11 @@ def assert_one_error(result, *named):
     (dict(source="shapes[0:99]"), "shapes[0:99]"),
     (dict(target="nosuch.npz"), "nosuch.npz: no such file"),
     (dict(image_size=17), "--image-size 17"),
+    (dict(clip=0), "--clip: 0.0 must be above 0"),
+    (dict(temperature=0), "--temperature: 0.0 must be above 0"),
+    (dict(gc_ramp=1.5), "--gc-ramp: 1.5 must be at most 1"),
+    (dict(subset_per_class=390), "--subset-per-class: 390"),
+    (dict(source="shapes[0:4:0]"), "neither a slice"),
 ])  # fmt: skip
 def test_bad_option_is_one_line(given, named, arguments, dtl_command, tmp_path):
     assert_one_error(dtl_command(*arguments("all", tmp_path / "out", **given)), named)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import dtl
 import dtl_data
+import dtl_store
 
 CPU = torch.device("cpu")
 
@@ -227,17 +228,17 @@ def test_checkpoint_with_code_in_it_does_not_run_it(tmp_path, capsys):
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_content(function, tmp_path, monkeypatch):
     path = tmp_path / "new folder" / "file"
-    dtl.write_atomically(path, b"old")
+    dtl_store.write_atomically(path, b"old")
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, function, full)
     with pytest.raises(dtl.DTLError, match=f"cannot write {path}: {os.strerror(errno.ENOSPC)}"):
-        dtl.write_atomically(path, b"new")
+        dtl_store.write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
     monkeypatch.undo()
-    dtl.write_atomically(path, b"new")
+    dtl_store.write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
 
 
@@ -248,5 +249,26 @@ def test_a_line_cut_short_is_passed_over(finished, tmp_path, records):
     for cut in (1, len(lines[-1]) // 2, len(lines[-1]) - 2):
         (out / "results.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:cut])
         assert len(dtl.Results(out).read()) == len(lines) - 1
-        dtl.Results(out).append([dict(config="c", seed=0, model="m", metric="x", value=1)])
+        dtl.Results(out).append([dict(config="c", seed=0, model="m", metric="x", task=None, value=1)])
         assert len(dtl.Results(out).read()) == len(lines)
+
+
+def test_a_damaged_line_is_passed_over(finished, tmp_path, dtl_command):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    before = dtl.Results(out).read()
+    with (out / "results.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n[1]\n7\n{"config": "' + before[0]["config"].encode() + b'"}\n')
+    assert dtl.Results(out).read() == before
+    assert dtl_command("report", "--out", out).code == 0
+
+
+def test_only_our_own_unfinished_writes_are_swept(finished, tmp_path, arguments, dtl_command):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    (out / "thesis").mkdir()
+    ours, young = out / "checkpoints" / "x.pt.123.tmp", out / "report.md.99.tmp"
+    theirs = [out / "thesis" / "draft.tmp", out / "notes.tmp", out / "thesis" / "x.pt.123.tmp"]
+    for path in (ours, young, *theirs):
+        path.write_text("half")
+        os.utime(path, None if path == young else (1e9, 1e9))
+    assert dtl_command(*arguments("pretrain", out)).code == 0
+    assert not ours.exists() and young.exists() and all(path.exists() for path in theirs)

@@ -165,6 +165,17 @@ def test_running_statistics_kept_restores_itself_after_an_error(world):
     assert not same(before, tensors(model))
 
 
+def test_running_statistics_kept_twice_over_and_for_any_batchnorm():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, track_running_stats=False))
+    with dtl.running_statistics_kept(model):
+        with dtl.running_statistics_kept(model):
+            pass
+        model(torch.randn(4, 3) + 5)
+    assert not model[0].running_mean.any() and [m.track_running_stats for m in model] == [True, False]
+    model(torch.randn(4, 3) + 5)
+    assert model[0].running_mean.all()
+
+
 def test_learning_rate_rises_then_falls_to_nearly_zero():
     rates = [dtl.Schedule(100, 0.1, 8, 0.0, 5.0).lr_at(step) for step in range(100)]
     assert max(rates) <= 0.1 and rates.index(max(rates)) in range(23, 27) and rates[0] < 0.01 and rates[-1] < 1e-4

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dtl
 from dtl_report import interval
 
-MODELS = ("scratch", "oracle", "transferred", "disposed:distill-fresh", "disposed:gc-fresh")
+MODELS = ("oracle", "transferred", "disposed:gc-fresh")
 TIMES = (5, 20)  # times 200 steps
 out, path, seeds = Path(sys.argv[1]), Path(sys.argv[2]), [int(s) for s in sys.argv[3].split(",")]
 config, cpu = dtl.Config(**dtl.PRESETS["cifar-small"]), torch.device("cpu")
