@@ -83,6 +83,16 @@ def test_reports_come_from_their_results(folder, tmp_path):
     assert dtl.report(tmp_path, None, dtl.REPORTED) == (ROOT / "experiments" / folder / "report.md").read_text()
 
 
+def test_the_evidence_in_the_docstring_is_that_of_the_report():
+    found = re.findall(r"^    ([a-z-]+)((?: +[+-]?[\d.]+ \+- [\d.]+(?: %)?){5})$", dtl.__doc__, re.M)
+    assert len(found) == len(dtl.METHODS) - 1  # all but finetune
+    report = (ROOT / "experiments" / "cifar-small" / "report.md").read_text()
+    for method, numbers in found:
+        cells = re.search(rf"^\| disposed:{method} +\|(.*)\|$", report, re.M)[1].split("|")
+        written = [cells[i].strip().replace("±", "+-") for i in (1, 3, 5, 7, 9)]  # change, then the leaks
+        assert re.findall(r"[+-]?[\d.]+ \+- [\d.]+", numbers) == written, method
+
+
 def test_dependencies_stand_in_two_places_alike():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
