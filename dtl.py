@@ -183,7 +183,7 @@ def gradient_collision_loss(losses, params, similarity="dot"):
     (float32 or float64, any shapes). A parameter that a loss does not touch counts as zero gradient; a chunk whose
     gradient is zero has cosine 0 with every other. Returns a tensor of shape (), differentiable by params, of the
     params' dtype. Time about that of `gradient_collision_backward`; memory grows with n, since every chunk's
-    second-order graph is alive at once. Raises ValueError for fewer than two losses, a loss that is no finite scalar,
+    second-order graph is alive at once. Sums are float64, so the device must have it (CPU, CUDA). Raises ValueError for fewer than two losses, a loss that is no finite scalar,
     no params, params that do not require grad, an unknown similarity. Source: Koh et al., arXiv 2308.09971 (ICCV
     2023); cosine or inner product is this project's reading. BatchNorm and dropout mode are the caller's.
 
@@ -210,9 +210,8 @@ def gradient_collision_backward(chunk_losses, params, similarity="dot", weight=1
 
     chunk_losses: n >= 2 callables without arguments, each computing its chunk's loss, shape (), and giving the same
     value when called again (same augmentation, same dropout mask; BatchNorm in training mode advances its running
-    statistics at each call: see `running_statistics_kept`).
-    They are called twice, one after the other; nothing but S outlives a chunk. Per chunk a gradient, then a gradient
-    with a Hessian-vector product:
+    statistics at each call: see `running_statistics_kept`). They are called twice, one after the other; nothing but S
+    outlives a chunk. Per chunk a gradient, then a gradient with a Hessian-vector product:
 
         dGC = sum_i H_i v_i,    dot:  v_i = 2/(n(n-1)) (S - g_i),                        S = sum_i g_i
                                 cos:  v_i = 2/(n(n-1)) (S - <u_i, S> u_i) / |g_i|,       S = sum_i u_i,  u_i = g_i/|g_i|
