@@ -183,9 +183,10 @@ def gradient_collision_loss(losses, params, similarity="dot"):
     (float32 or float64, any shapes). A parameter that a loss does not touch counts as zero gradient; a chunk whose
     gradient is zero has cosine 0 with every other. Returns a tensor of shape (), differentiable by params, of the
     params' dtype. Time about that of `gradient_collision_backward`; memory grows with n, since every chunk's
-    second-order graph is alive at once. Sums are float64, so the device must have it (CPU, CUDA). Raises ValueError for fewer than two losses, a loss that is no finite scalar,
-    no params, params that do not require grad, an unknown similarity. Source: Koh et al., arXiv 2308.09971 (ICCV
-    2023); cosine or inner product is this project's reading. BatchNorm and dropout mode are the caller's.
+    second-order graph is alive at once. Sums are float64, which the device must have (CPU, CUDA). Raises ValueError for
+    fewer than two losses, a loss that is no finite scalar, no params, params that do not require grad, an unknown
+    similarity. Source: Koh et al., arXiv 2308.09971 (ICCV 2023); cosine or inner product is this project's reading.
+    BatchNorm and dropout mode are the caller's.
 
         head = nn.Linear(features, classes)  # random anew at every step: through the trained head it does not unlearn
         losses = [F.cross_entropy(head(backbone(x)), y) for x, y in zip(source_x.chunk(4), source_y.chunk(4))]
