@@ -6,7 +6,8 @@
 #
 # PYTHON and CC name others than python and gcc. A tool that is missing is told and its part skipped; with
 # DTL_REQUIRE_NATIVE=1 that is an error. Everything happens in a temporary copy: no file of the project is touched.
-# valgrind knows no AVX-512, so it sees the fma path and the generic one; the sanitizers see them all.
+# valgrind knows no AVX-512, so it sees the fma path and the generic one; the sanitizers see them all. It runs one thread at a
+# time, so that the tests of other threads running, of building and of the floating point mode are left to the sanitizers.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python} cc=${CC:-gcc}
@@ -100,7 +101,7 @@ else
     started=$SECONDS
     CC=$cc "$python" build_native.py
     PYTHONMALLOC=malloc DTL_REQUIRE_NATIVE=1 valgrind -q --trace-children=no --log-file="$work/valgrind" \
-      "$python" -m pytest -q -p no:cacheprovider tests/test_native.py -k "not build and not floating_point_mode"
+      "$python" -m pytest -q -p no:cacheprovider tests/test_native.py -k "not build and not floating_point_mode and not python_threads_run"
     echo "valgrind: $(grep -c "^==[0-9]*== [A-Z]" "$work/valgrind") complaints about torch, Python and the loader"
     if grep _gc_native "$work/valgrind"; then exit 1; fi  # a frame of ours in any of them
     took "valgrind, test_native.py"
