@@ -1,308 +1,663 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.5", "numpy>=1.26", "cffi>=1.16", "click>=8.1"]
+# dependencies = [
+#     "torch==2.13.0", "click==8.5.1",
+#     "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'",
+# ]
 # ///
-"""Disposable Transfer Learning (DTL): pretrain, transfer, dispose, piggyback, audit.
+"""Disposable Transfer Learning (DTL) in one file: pretrain, transfer, dispose, piggyback.
 
-Koh, Shon, Lee, Hong, Kim: "Disposable Transfer Learning for Selective Source Task Unlearning", ICCV 2023,
-arXiv 2308.09971. A network is pretrained on a source task and transferred to a target task; then the source knowledge
-is disposed of with the Gradient Collision (GC) loss, and the target task kept. Whether that worked is measured by
-piggyback learning (PL): an attacker retrains the scrubbed model on a subset of the source data, or on new downstream
-data, and the accuracy reached is the PL accuracy. Lower is better.
-
-    python dtl.py all                       # no GPU, no download: minutes on a laptop
-    python dtl.py all --gpu 0               # CIFAR-100 -> CIFAR-10, ResNet-18
-    python dtl.py audit --gpu 0             # the same under a grid of attackers, the worst case first
-    python dtl.py --help
-
-The method is all here, in the order of the paper: loss, networks, stages, attackers, rivals, experiment, command line. Beside
-it, dtl_data.py reads the data sets, dtl_stats.py (and _gc_native.c) computes statistics of gradients, dtl_store.py keeps
-checkpoints and results, dtl_report.py makes tables and figures.
-
-EVIDENCE (python dtl.py audit --preset cifar-small --seeds 0,1,2,3,4 --attacker-seeds 3; experiments/cifar-small)
-
-CIFAR-100 classes 0..79 -> 500 images of CIFAR-10, 16x16 pixels, 8-layer ResNet, CPU, torch 2.13.0; five seeds, mean and 95%
-t-interval; about 3.6 core-hours of attacks after two of training. Leak: 0 is a model as good on the target that never saw
-the source, 1 the transferred model; worst case: each model's strongest of 5 attackers; fixed: one attacker.
-
-                   target acc.   worst-case leak,                  fixed attacker's leak,
-                   change        source subset    downstream       source subset    downstream
-    gc-fresh       -0.4 +- 1.0 %     0.03 +- 0.17     0.28 +- 0.25    -0.33 +- 0.08    -0.46 +- 0.16
-    gc             -1.3 +- 0.7 %     0.77 +- 0.02     0.79 +- 0.12    -0.22 +- 0.11    -0.11 +- 0.16
-    distill-fresh  +0.2 +- 0.9 %     0.40 +- 0.13     0.69 +- 0.22     0.27 +- 0.07     0.22 +- 0.23
-    random-labels  +0.3 +- 0.5 %     0.75 +- 0.07     0.85 +- 0.18     0.03 +- 0.04     0.31 +- 0.18
-    uniform        -0.2 +- 0.6 %     0.70 +- 0.05     0.86 +- 0.22    -0.23 +- 0.05     0.29 +- 0.15
-    bad-teacher    +0.5 +- 0.4 %     0.76 +- 0.03     0.85 +- 0.10     0.14 +- 0.14     0.46 +- 0.14
-    neggrad        -0.5 +- 0.5 %     0.76 +- 0.04     0.78 +- 0.08     0.60 +- 0.04     0.77 +- 0.10
-    scrub          +0.5 +- 0.7 %     0.83 +- 0.07     0.46 +- 0.22     0.71 +- 0.09     0.79 +- 0.15
-
-"Resists these 5 attackers up to this budget", never "erased". Methods that keep the transferred weights give the knowledge
-back; so does gc-fresh in part to four times the steps, 0.46 +- 0.27 on the source subset (experiments/longer, three seeds).
-
-No official code is public and this file was written from the paper's abstract. What the abstract leaves open is marked
-OUR READING where it is decided, and listed in the README. No number here is the paper's.
+@@DOCSTRING@@
 """
 
-import contextlib
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported is one line, too
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ninterrupted: nothing was begun\n"), os._exit(130)))
+
 import copy
 import functools
 import hashlib
-import math
+import http.client
+import io
+import json
+import platform
 import re
+import shutil
+import socket
+import subprocess
+import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import click
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtl_data import ARCHIVES, Task, batch, hold_out, load_task, normalise, of_classes, parse_task, read_archive
-from dtl_report import PIGGYBACK_TASKS, report, strongest
-from dtl_stats import GradientStats, gradient_stats, native_routine  # noqa: F401 (a reader of dtl finds them here)
-from dtl_store import DTLError, Log, Results, Watch, begin_run, digest, find_device, load, progress, save, stream, terse_errors
+__version__ = "0.2.0"
 
-__version__ = "0.1.0"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration: one default per field. The command line is derived from it.
-
-
-def setting(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"doc": doc, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything a result depends on besides the seed. The defaults are the preset `cifar`."""
-
-    source: str = setting("cifar100[0:80]", "source task: pretrained on, then to be forgotten")
-    target: str = setting("cifar10@50", "target task: transferred to, and to be kept")
-    downstream: str = setting("cifar100[80:100]@50", "new downstream data of the attacker's")
-    subset_per_class: int = setting(50, "source images a class that the attacker has")
-    split: str = setting("test", "measure on test images, or a tenth of the training images", ("test", "validation"))
-    image_size: int = setting(0, "pixels a side after area averaging; 0: as stored")
-    network: str = setting("resnet18", "backbone", ("resnet18", "resnet8"))
-
-    batch_size: int = setting(128, "images a step, in every stage")
-    weight_decay: float = setting(5e-4, "L2 penalty of SGD, in every stage")
-    clip: float = setting(5.0, "largest norm of a step's gradient, in every stage")
-    pretrain_steps: int = setting(15000, "steps of pretraining")
-    pretrain_lr: float = setting(0.1, "its peak learning rate")
-    transfer_steps: int = setting(1500, "steps of transfer")
-    transfer_lr: float = setting(0.02, "its peak learning rate")
-
-    # OUR READING: the abstract gives neither retain loss, similarity, chunks, head nor weights.
-    retain: str = setting("distill", "what keeps the target (a fresh backbone: distill alone)", ("distill", "ce"))
-    temperature: float = setting(4.0, "temperature of the distillation")
-    retain_weight: float = setting(1.0, "weight of the retain loss")
-    similarity: str = setting("dot", "what gradients collide in: inner product or cosine", ("dot", "cos"))
-    gc_head: str = setting("fresh", "head of the GC loss: a random one each step, or the stored one", ("fresh", "source"))
-    gc_ramp: float = setting(0.5, "share of a disposal into a fresh backbone over which the weight of GC rises from zero")
-    chunks: int = setting(4, "chunks of a source batch whose gradients collide")
-    chunk_size: int = setting(32, "images a chunk; the rivals get chunks * chunk_size source images a step")
-    forget_weights: str = setting(
-        "neggrad=1,random-labels=3,uniform=10,bad-teacher=3,scrub=3,gc=30,gc-fresh=30",
-        "weight of each method's forget loss, METHOD=NUMBER,...; those not named keep the preset's",
-    )
-    dispose_steps: int = setting(1500, "steps of a disposal that starts from the transferred weights")
-    dispose_lr: float = setting(0.02, "its peak learning rate")
-    fresh_steps: int = setting(5000, "steps of a disposal into a fresh backbone, and of `scratch` and `oracle`")
-    fresh_lr: float = setting(0.1, "its peak learning rate")
-
-    attack_steps: int = setting(500, "steps of piggyback learning")
-    attack_lr: float = setting(0.05, "its peak learning rate")
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value, option = getattr(self, f.name), "--" + f.name.replace("_", "-")
-            if f.metadata["choices"] and value not in f.metadata["choices"]:
-                raise DTLError(f"{option}: {value!r} is none of {', '.join(f.metadata['choices'])}")
-            if f.type is int and value < (0 if f.name == "image_size" else 2 if f.name == "chunks" else 1):
-                raise DTLError(f"{option}: {value} is too small")
-            if f.type is float and not (math.isfinite(value) and value >= 0):
-                raise DTLError(f"{option}: {value} is not a finite number of at least 0")
-            if f.name in ("clip", "temperature") and value == 0 or f.name == "gc_ramp" and value > 1:
-                raise DTLError(f"{option}: {value} must be {'at most 1' if value else 'above 0'}")
-        weights = parse_weights(Config.forget_weights) | parse_weights(self.forget_weights)
-        object.__setattr__(self, "forget_weights", ",".join(f"{m}={w:.12g}" for m, w in sorted(weights.items())))
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """'gc=30,uniform=1' -> {'gc': 30.0, 'uniform': 1.0}."""
-    weights = {}
-    for part in filter(None, text.split(",")):
-        method, _, number = part.partition("=")
-        if method not in METHODS or METHODS[method].forget is None:
-            known = ", ".join(m for m in METHODS if METHODS[m].forget is not None)
-            raise DTLError(f"--forget-weights: {method!r} is no method with a forget loss; known: {known}")
-        try:
-            weights[method] = float(number)
-        except ValueError:
-            weights[method] = math.nan
-        if not (math.isfinite(weights[method]) and weights[method] >= 0):
-            raise DTLError(f"--forget-weights: {part!r}: the weight must be a finite number of at least 0")
-    return weights
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(
-        source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30", subset_per_class=30,
-        network="resnet8", batch_size=64, pretrain_steps=600, transfer_steps=300, transfer_lr=0.05, dispose_steps=300,
-        fresh_steps=600, attack_steps=100, chunks=2, forget_weights="gc=10,gc-fresh=10",
-    ),
-    "cifar": {},
-    "cifar-small": dict(
-        image_size=16, network="resnet8", batch_size=64, pretrain_steps=3000, transfer_steps=600, dispose_steps=600,
-        fresh_steps=1000, attack_steps=200, chunks=2, forget_weights="gc=60",
-    ),
-}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The Gradient Collision loss. This block is for copying into other projects: it needs torch and nothing else of
-# this file.
+# ------------------------------------------ The Gradient Collision loss ------------------------------------------
+# For copying into other projects: it needs torch and nothing else of this file.
 
 # --- copy from here ---
-import torch  # noqa: E402 (this block stands alone)
+import contextlib
+import math
+import warnings
+
+import torch
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 
-def gradient_collision_loss(losses, params, similarity="dot"):
+def gradient_collision_loss(losses, params, *, similarity="dot"):
     """Gradient Collision (GC) loss: how far the gradients of chunks of a source batch point the same way.
 
-        g_i = d losses[i] / d params                                               i = 1..n
-        dot:  GC = 2/(n(n-1)) * sum_{i<j} <g_i, g_j>
-        cos:  GC = 2/(n(n-1)) * sum_{i<j} <g_i, g_j> / (|g_i| |g_j|)               in [-1/(n-1), 1]
+        g_i = d losses[i] / d params, one vector;  u_i = g_i (dot) or g_i/|g_i| (cos);        i = 1..n
+        GC  = 2/(n(n-1)) * sum_{i<j} <u_i, u_j>                      cos: in [-1/(n-1), 1]
 
-    Minimise it (with a loss that keeps the target task): positive is agreement, negative is collision.
+    Minimise it together with a loss that keeps the target task: positive is agreement, negative collision.
+    losses: n >= 2 tensors (), each with its graph. params: what to differentiate by, bfloat16, float32 or float64,
+    on one device; one given twice (tied weights) counts once, one that a loss does not touch is a zero gradient,
+    and a zero gradient has cosine 0. Returns a tensor (), differentiable by params, without host synchronisation;
+    of losses that are not finite, not finite. Sums are float64 where the device has it. Takes about three plain
+    steps, and memory that grows with n. BatchNorm and dropout mode are the caller's. ValueError, with what was
+    seen, for all else. Source: Koh et al., ICCV 2023, arXiv 2308.09971; cosine or inner product, and the fresh
+    head of the example, are this project's reading.
 
-    losses: n >= 2 tensors of shape (), one a chunk, each with its graph. params: the tensors to differentiate by
-    (float32 or float64, any shapes). A parameter that a loss does not touch counts as zero gradient; a chunk whose
-    gradient is zero has cosine 0 with every other. Returns a tensor of shape (), differentiable by params, of the
-    params' dtype. Time about that of `gradient_collision_backward`; memory grows with n, since every chunk's
-    second-order graph is alive at once. Sums are float64, which the device must have (CPU, CUDA). Raises ValueError for
-    fewer than two losses, a loss that is no finite scalar, no params, params that do not require grad, an unknown
-    similarity. Source: Koh et al., arXiv 2308.09971 (ICCV 2023); cosine or inner product is this project's reading.
-    BatchNorm and dropout mode are the caller's.
-
-        head = nn.Linear(features, classes)  # random anew at every step: through the trained head it does not unlearn
+        head = nn.Linear(features, classes)  # random anew at every step: a trained head does not unlearn
         losses = [F.cross_entropy(head(backbone(x)), y) for x, y in zip(source_x.chunk(4), source_y.chunk(4))]
         forget = gradient_collision_loss(losses, [*backbone.parameters(), *head.parameters()])
         (retain_loss + 30.0 * forget).backward()
         optimizer.step()
     """
-    losses, params = _gc_arguments(losses, params, similarity)
-    total, value = [torch.zeros_like(p) for p in params], 0.0
+    losses, params = _gc_arguments(losses, params, similarity, 2)
+    value = total = 0  # total: S so far, (p,): every pair is counted once, and nothing cancels
     for i, loss in enumerate(losses):
-        grads = _gc_gradient(loss, params, i, create_graph=True)
-        if similarity == "cos":
-            scale = _gc_inverse_norm(grads)
-            grads = [g * scale.to(g.dtype) for g in grads]
-        value = value + _gc_inner(grads, total)  # <g_i, g_1 + ... + g_{i-1}>: every pair once, nothing cancels
-        total = [t + g for t, g in zip(total, grads)]
-    return (value * (2 / (len(losses) * (len(losses) - 1)))).to(params[0].dtype)
+        u = _gc_vector(loss, params, similarity, i, create_graph=True)
+        value, total = value + _gc_inner(u, total), total + u
+    return (value * (2 / (len(losses) * (len(losses) - 1)))).to(total.dtype)
 
 
-def gradient_collision_backward(chunk_losses, params, similarity="dot", weight=1.0):
-    """The same loss with the memory of one chunk: adds weight * dGC/dparams to each `.grad` and returns GC.
+def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weight=1.0, group=None):
+    """The same loss in the memory of one chunk: adds weight * dGC/dparams to each `.grad` and returns GC.
 
-    chunk_losses: n >= 2 callables without arguments, each computing its chunk's loss, shape (), and giving the same
-    value when called again (same augmentation, same dropout mask; BatchNorm in training mode advances its running
-    statistics at each call: see `running_statistics_kept`). They are called twice, one after the other; nothing but S
-    outlives a chunk. Per chunk a gradient, then a gradient with a Hessian-vector product:
+        dGC = 2/(n(n-1)) * sum_i (du_i/dparams)^T (S - u_i),      S = sum_i u_i;   S and u_i held constant
 
-        dGC = sum_i H_i v_i,    dot:  v_i = 2/(n(n-1)) (S - g_i),                        S = sum_i g_i
-                                cos:  v_i = 2/(n(n-1)) (S - <u_i, S> u_i) / |g_i|,       S = sum_i u_i,  u_i = g_i/|g_i|
+    chunk_losses: n >= 2 callables without arguments, each computing its chunk's loss and all of its graph. Each
+    is called twice, the second time under torch's random state of the first, so that dropout masks agree; draw
+    from a generator of your own outside: with another draw S - u_i holds the difference of the two, a bias.
+    params are leaves; weight is a finite number. Takes about four plain steps; if it raises, `.grad` may hold a
+    part of the sum. group: a torch.distributed group over whose ranks the chunks are spread (one all_reduce of
+    S). GC is then of all chunks, and the MEAN over ranks of what is added to `.grad` is weight * dGC: what
+    DistributedDataParallel takes. So call this first, then the retain loss's backward through the DDP module.
 
-    Over several processes S is the one thing to exchange. Returns a float; errors as `gradient_collision_loss`, and
-    ValueError if a chunk's loss changed between the calls. If it raises, `.grad` may hold a part of the sum.
+    Does not work with, and the way out:
+      scaled_dot_product_attention    sdpa_kernel(SDPBackend.MATH) around the call, or attn_implementation="eager"
+      torch.compile                   pass the uncompiled model, or torch.compiler.set_stance("force_eager")
+      reentrant checkpointing         checkpoint(..., use_reentrant=False)
+      FSDP                            unsharded parameters, and `group`
+      DistributedDataParallel         its inner module, ddp.module, and `group`
+      hooks that step the optimiser   step it yourself: gradients arrive chunk by chunk
+      BatchNorm's running statistics  running_statistics_kept(model) around the call: two calls update twice
 
         head = nn.Linear(features, classes)  # random anew at every step
-        chunks = [lambda x=x, y=y: F.cross_entropy(head(backbone(x)), y) for x, y in zip(source_x.chunk(8), source_y.chunk(8))]
-        retain_loss.backward()
+        data = zip(source_x.chunk(8), source_y.chunk(8))
+        chunks = [lambda x=x, y=y: F.cross_entropy(head(backbone(x)), y) for x, y in data]
         gradient_collision_backward(chunks, [*backbone.parameters(), *head.parameters()], weight=30.0)
-        optimizer.step()
+        retain_loss.backward(), optimizer.step()
     """
-    chunk_losses, params = _gc_arguments(chunk_losses, params, similarity)
-    total, value, seen = [torch.zeros_like(p) for p in params], 0.0, []
+    ranks = 1 if group is None else torch.distributed.get_world_size(group)
+    chunk_losses, params = _gc_arguments(chunk_losses, params, similarity, 2 if ranks == 1 else 1, weight)
+    value, total, random_states, n = 0, 0, [], len(chunk_losses)
     for i, chunk_loss in enumerate(chunk_losses):
-        loss = chunk_loss()
-        grads = _gc_gradient(loss, params, i)
-        scale = _gc_inverse_norm(grads) if similarity == "cos" else torch.ones((), dtype=torch.float64)
-        value = value + scale * _gc_inner(grads, total)
-        for t, g in zip(total, grads):
-            t.add_(g * scale.to(g))
-        seen.append(loss.item())
-        del loss, grads  # or this chunk's graph would live beside the next one's
-    pairs = len(chunk_losses) * (len(chunk_losses) - 1) / 2
-    for i, chunk_loss in enumerate(chunk_losses):
-        loss = chunk_loss()
-        if not abs(loss.item() - seen[i]) <= 1e-3 * abs(seen[i]) + 1e-6:
-            raise ValueError(f"chunk {i}'s loss was {seen[i]:g}, then {loss.item():g}: it must not change between calls")
-        grads = _gc_gradient(loss, params, i, create_graph=True)
-        with torch.no_grad():
-            if similarity == "cos":
-                scale = _gc_inverse_norm(grads)  # 0 for a zero gradient, which so adds nothing
-                along = scale * scale * _gc_inner(grads, total)
-                vectors = [(t - g * along.to(g)) * (scale * weight / pairs).to(g) for t, g in zip(total, grads)]
-            else:
-                vectors = [(t - g) * (weight / pairs) for t, g in zip(total, grads)]
-        curved = [(g, v) for g, v in zip(grads, vectors) if g.requires_grad]  # the rest has no second derivative
-        if curved:
-            torch.autograd.backward(*map(list, zip(*curved)), inputs=params)
-        del loss, grads, vectors, curved
-    return float(value / pairs)
+        random_states.append((torch.get_rng_state(), *get_device_states(*params)))
+        u = _gc_vector(chunk_loss(), params, similarity, i)
+        value, total = value + _gc_inner(u, total), total + u
+    if group is not None:  # the pairs of all of S, less those within each rank's own, which `value` has already
+        numbers = value - _gc_inner(total, total) / 2
+        numbers = torch.stack([numbers, torch.full_like(numbers, n)])
+        for tensor in (total, numbers):
+            torch.distributed.all_reduce(tensor, group=group)
+        value, n = numbers[0] + _gc_inner(total, total) / 2, numbers[1]
+    scale, device_type = 2 / (n * (n - 1)), params[0].device.type.replace("cpu", "cuda")
+    for i, (chunk_loss, (cpu_state, devices, states)) in enumerate(zip(chunk_losses, random_states)):
+        with torch.random.fork_rng(devices, device_type=device_type):
+            torch.set_rng_state(cpu_state)
+            set_device_states(devices, states, device_type=device_type)
+            u = _gc_vector(chunk_loss(), params, similarity, i, create_graph=True)
+        if u.requires_grad:  # it does not where the loss is linear in params
+            pull = (total - u.detach()) * (weight * ranks * scale)
+            torch.autograd.backward(u, pull.to(u.dtype), inputs=params)
+    return (value * scale).to(total.dtype)
 
 
-def _gc_arguments(chunks, params, similarity):
-    """chunks and params as lists, checked."""
+@contextlib.contextmanager
+def running_statistics_kept(model):
+    """Inside, BatchNorm in training mode normalises by the batch and leaves its running statistics alone."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    tracked = [m.track_running_stats for m in norms]
+    try:
+        for m in norms:
+            m.track_running_stats = False
+        yield
+    finally:
+        for m, before in zip(norms, tracked):
+            m.track_running_stats = before
+
+
+def _gc_arguments(chunks, params, similarity, least, weight=None):
+    """chunks and params as checked lists; with a weight, those of the streamed form."""
     if similarity not in ("dot", "cos"):
         raise ValueError(f"similarity must be 'dot' or 'cos', not {similarity!r}")
-    if isinstance(params, torch.Tensor):
-        raise ValueError("params must be a sequence of tensors, not one tensor")
+    for name, given in (("chunks", chunks), ("params", params)):
+        if isinstance(given, (torch.Tensor, dict, str)) or not hasattr(given, "__iter__"):
+            raise ValueError(f"{name} must be a sequence, not one {type(given).__name__}")
     chunks, params = list(chunks), list(params)
-    if len(chunks) < 2:
-        raise ValueError(f"gradients collide in pairs: at least 2 chunks are needed, not {len(chunks)}")
-    if not params:
-        raise ValueError("params is empty: nothing to differentiate by")
     for k, p in enumerate(params):
-        if not p.requires_grad:
-            raise ValueError(f"params[{k}] of shape {tuple(p.shape)} does not require grad")
-    return chunks, params
+        wrong = (f"is a {type(p).__name__}, not a tensor: give model.parameters()" if not isinstance(p, torch.Tensor)
+                 else f"is {p.dtype}: bfloat16, float32 or float64 is needed"
+                 if p.dtype not in (torch.bfloat16, torch.float32, torch.float64)
+                 else f"is on {p.device}, others on {params[0].device}" if p.device != params[0].device
+                 else f"of shape {tuple(p.shape)} does not require grad: give "
+                 "[p for p in model.parameters() if p.requires_grad]" if not p.requires_grad
+                 else "is no leaf: it has no .grad to add to" if weight is not None and not p.is_leaf else None)
+        if wrong:
+            raise ValueError(f"params[{k}] {wrong}")
+    if not params or len(chunks) < least:
+        raise ValueError(f"needed are params and at least {least} chunks, whose gradients collide in pairs, not "
+                         f"{len(params)} and {len(chunks)}")
+    if weight is not None and not (isinstance(weight, (int, float)) and math.isfinite(weight)):
+        raise ValueError(f"weight must be a finite number, not {weight!r}")
+    for i, chunk in enumerate(chunks):
+        if callable(chunk) != (weight is not None):
+            raise ValueError(f"chunk {i} is a {type(chunk).__name__}: gradient_collision_loss takes tensors, "
+                             "gradient_collision_backward callables that compute them")
+    return chunks, list({id(p): p for p in params}.values())
 
 
-def _gc_gradient(loss, params, i, create_graph=False):
-    """Chunk i's gradient by each of params, zeros where the loss does not touch one."""
-    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
-        seen = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+def _gc_vector(loss, params, similarity, i, create_graph=False):
+    """u_i: chunk i's gradient as one vector (p,), zeros where the loss does not touch a parameter."""
+    if not isinstance(loss, torch.Tensor) or loss.dim():
+        seen = f"of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise ValueError(f"chunk {i}'s loss must be a tensor of shape (), not {seen}")
-    if not torch.isfinite(loss):
-        raise ValueError(f"chunk {i}'s loss is {loss.item()}, not a finite number")
-    if not loss.requires_grad:
-        return [torch.zeros_like(p) for p in params]
-    grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params)]
+    grads = [None]
+    if loss.requires_grad:
+        try:
+            grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise ValueError(f"chunk {i}: part of its graph was built outside the callable and is used up by the "
+                             "first call: compute everything inside") from error
+    if all(g is None for g in grads):
+        raise ValueError(f"chunk {i}'s loss {'touches none of params' if loss.requires_grad else 'has no graph'}: was "
+                         "it computed under no_grad or inference_mode, detached, or of another model?")
+    if create_graph and i == 0:
+        _gc_check_second_derivative([g for g in grads if g is not None])
+    u = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, params)])
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
+    if similarity == "cos":
+        norm = torch.linalg.vector_norm(u, dtype=_gc_wide(u))
+        u = u / torch.where(norm > 0, norm, 1.0).to(u.dtype) * (norm > 0)
+    return u
+
+
+def _gc_check_second_derivative(grads):
+    """Nodes that refuse one raise when reached, but autograd, asked for some inputs alone, passes them by."""
+    nodes, seen = [g.grad_fn for g in grads if g.grad_fn], set()
+    if 0 < len(nodes) < len(grads):
+        warnings.warn("some parameters' gradients have no graph, so no second derivative: is the loss linear in them, "
+                      "or is there a fused kernel that autograd cannot see through?", stacklevel=4)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "torch::autograd::Error" or "CompiledFunction" in node.name():
+            raise ValueError(f"the gradient cannot be differentiated again ({node.name()} in its graph): use the "
+                             "uncompiled model, and no function that is once_differentiable")
+        seen.add(node)
+        nodes.extend(n for n, _ in node.next_functions if n and n not in seen)
+
+
+def _gc_wide(vector):
+    return torch.float32 if vector.device.type == "mps" else torch.float64
 
 
 def _gc_inner(a, b):
-    """<a, b> over lists of tensors, added up in float64."""
-    return sum(torch.sum(x * y, dtype=torch.float64) for x, y in zip(a, b))
-
-
-def _gc_inverse_norm(grads):
-    """1/|g| in float64, and 0, with a derivative of 0, where g is zero."""
-    square = _gc_inner(grads, grads)
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).rsqrt(), 0.0)
+    return (a * b).sum(dtype=_gc_wide(a))
 
 
 # --- to here ---
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks
+# ------------------------------------------ Statistics of chunk gradients ------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradientStats:
+    """What the gradients of n chunks have in common. Over no pairs at all (n = 1) the five scalars are 0."""
+
+    gram: Tensor  # (n, n) float64 on the CPU, <g_i, g_j>
+    cosine: Tensor  # (n, n) float64, 0 where a gradient is zero
+    norms: Tensor  # (n,) float64
+    mean_dot: float  # over the pairs i < j: GC with similarity="dot"
+    mean_cosine: float  # GC with similarity="cos"
+    min_cosine: float
+    max_cosine: float
+    collision_rate: float  # share of the pairs with <g_i, g_j> < 0
+    backend: str  # which computed it: "native" or "torch"
+
+
+@functools.cache
+def native_routine() -> tuple[Any, str]:
+    """(cffi module or None, a word for the header) of the optional C routine, which build_native.py builds."""
+    try:
+        import _gc_native_ext as module
+    except Exception as error:  # noqa: BLE001 - a half-built or foreign library raises anything
+        return None, f"not built ({'' if isinstance(error, ModuleNotFoundError) else f'{error}; '}optional)"
+    return module, {1: "generic", 2: "fma", 3: "avx512"}.get(module.lib.gc_best_path(), "yes")
+
+
+def gradient_stats(gradients: Sequence[Sequence[Tensor | None]], backend: str = "auto") -> GradientStats:
+    """Pairwise statistics of chunk gradients, read where they lie: nothing is flattened.
+
+    gradients[i][k]: chunk i's gradient for parameter k, n chunks in all; any shape, the same for every i; float32
+    or float64, strided as it likes; None is a zero gradient. Products and sums are float64; NaN and infinity spread
+    to what they touch. backend: "native" (the C routine, CPU only), "torch" (any device), "auto" (native where it
+    can). ValueError: what does not match, or cannot be read; RuntimeError: "native", and it is not built.
+    """
+    if backend not in ("auto", "native", "torch"):
+        raise ValueError(f"backend {backend!r}: choose auto, native or torch")
+    n = len(gradients)
+    if n == 0 or len({len(chunk) for chunk in gradients}) != 1:
+        raise ValueError(f"one or more chunks of as many gradients each, not {[len(c) for c in gradients]}")
+    columns, devices = [], set()  # columns: one entry a parameter, the n chunks' gradients for it
+    for k, column in enumerate(zip(*gradients)):
+        kinds = {(g.shape, g.dtype, g.device, g.layout) for g in column if g is not None}
+        if len(kinds) > 1:
+            raise ValueError(f"parameter {k}: the chunks' gradients differ in shape, dtype or device: {kinds}")
+        for _, dtype, device, layout in kinds:  # one, or none where no chunk has a gradient for the parameter
+            if dtype not in (torch.float32, torch.float64) or layout != torch.strided:
+                raise ValueError(f"parameter {k}: {dtype}, {layout}; pass dense float32 or float64 gradients")
+            columns.append([g if g is None else g.resolve_neg() for g in column])
+            devices.add(device)
+    module, reason = native_routine()
+    if backend == "native" and module is None:
+        raise RuntimeError(f"backend 'native': {reason}; python build_native.py builds it")
+    readable = n <= 1024 and all(device.type == "cpu" for device in devices)
+    if len(devices) > 1 or backend == "native" and not readable:
+        raise ValueError(f"one device, and for 'native' up to 1024 chunks in CPU memory, not {n} on {devices}")
+    native = backend != "torch" and module is not None and readable
+    with torch.no_grad():
+        gram = torch.zeros(n, n, dtype=torch.float64, device="cpu" if native else next(iter(devices), "cpu"))
+        for rows in columns:
+            some = next(g for g in rows if g is not None)
+            if native:  # the C routine adds into gram, reading each gradient where it lies; a null pointer is zeros
+                rows = [g if g is None else g.contiguous() for g in rows]
+                at = module.ffi.new("uintptr_t[]", [0 if g is None else g.data_ptr() for g in rows])
+                code = (module.lib.gc_gram_f32 if some.dtype == torch.float32 else module.lib.gc_gram_f64)(
+                    module.ffi.cast("const void *const *", at), n, some.numel(), torch.get_num_threads(), 0,
+                    module.ffi.cast("double *", gram.data_ptr()))
+                if code:
+                    raise RuntimeError(f"_gc_native.c: error {code}, see its header; {n} rows of {some.numel()}")
+            else:  # float64 copies of a block at a time, not of everything
+                rows = [(torch.zeros_like(some) if g is None else g).reshape(-1).split(1 << 18) for g in rows]
+                for block in zip(*rows):
+                    part = torch.stack(block).double()  # (n, block)
+                    gram += part @ part.T
+        gram = (gram + gram.T).cpu() / 2  # BLAS may round the two triangles differently
+        norms = gram.diagonal().sqrt()
+        scale = torch.where(norms == 0, 1.0, norms)
+        cosine = (gram / scale[:, None] / scale).clamp(-1, 1)  # clamp: squares below 1e-308 lose their digits
+        i, j = torch.triu_indices(n, n, 1)
+        dots, cosines = (gram[i, j], cosine[i, j]) if n > 1 else (torch.zeros(1), torch.zeros(1))
+        scalars = (dots.mean(), cosines.mean(), cosines.min(), cosines.max(), (dots < 0).double().mean())
+    return GradientStats(gram, cosine, norms, *(s.item() for s in scalars), "native" if native else "torch")
+
+
+# ------------------------------------------ Configuration ------------------------------------------
+# One default per field; the command line and its help are derived from it.
+
+
+class DTLError(ValueError):
+    """A mistake of the user's, or something missing on the machine, told in one line."""
+
+
+def setting(group: str, default: Any, doc: str, *choices: str, low: float = 0, high: float = 1e9) -> Any:
+    return field(default=default, metadata=dict(group=group, doc=doc, choices=choices, low=low, high=high))
+
+
+TASKS, TRAINING, STAGE1, STAGE2, STAGE3, FRESH, STAGE4 = (
+    "Tasks", "Training, in every stage", "Stage 1, pretrain", "Stage 2, transfer", "Stage 3, dispose",
+    "Fresh backbones: scratch, oracle, METHOD-fresh", "Stage 4, piggyback")
+STEPS, PEAK = "steps; 0: by the size of the data", "peak learning rate"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a result depends on besides seed and attacker. The defaults are the preset `cifar`."""
+
+    source: str = setting(TASKS, "cifar100[0:80]", "source task: pretrained on, then to be forgotten")
+    target: str = setting(TASKS, "cifar10@50", "target task: transferred to, and to be kept")
+    downstream: str = setting(TASKS, "cifar100[80:100]@50", "new data of the attacker's")
+    subset_per_class: int = setting(TASKS, 50, "source images a class that the attacker has", low=1)
+    oracle_per_class: int = setting(TASKS, 150, "target images a class of oracle; 0: all in the set")
+    split: str = setting(TASKS, "test", "measure on test images, or a tenth of training", "test", "validation")
+    image_size: int = setting(TASKS, 0, "pixels a side, by area averaging; 0: as stored", high=4096)
+    network: str = setting(TRAINING, "resnet18", "backbone", "resnet18", "resnet8")
+    augment: str = setting(TRAINING, "crop,flip", "of training images", "crop,flip", "crop", "none")
+    batch_size: int = setting(TRAINING, 128, "images a step", low=2, high=1e6)
+    precision: str = setting(TRAINING, "auto", "auto: bfloat16 on CUDA, but for GC", "auto", "float32")
+    pretrain_steps: int = setting(STAGE1, 15000, STEPS)
+    pretrain_lr: float = setting(STAGE1, 0.1, PEAK, high=1e3)
+    transfer_steps: int = setting(STAGE2, 1500, STEPS)
+    transfer_lr: float = setting(STAGE2, 0.02, PEAK, high=1e3)
+    # OUR READING: the abstract gives neither similarity, chunks, head nor weights.
+    dispose_steps: int = setting(STAGE3, 1500, STEPS)
+    dispose_lr: float = setting(STAGE3, 0.02, PEAK, high=1e3)
+    similarity: str = setting(STAGE3, "dot", "of gradients: inner product or cosine", "dot", "cos")
+    gc_head: str = setting(STAGE3, "fresh", "of the GC loss: random each step, or stage 1's", "fresh", "source")
+    chunks: int = setting(STAGE3, 4, "chunks of a source batch whose gradients collide", low=2, high=1e4)
+    chunk_size: int = setting(STAGE3, 32, "images a chunk; rivals get as many in all", low=2, high=1e6)
+    weights: str = setting("", "", "of the methods' forget losses, METHOD=NUMBER,...")
+    fresh_steps: int = setting(FRESH, 5000, STEPS)
+    fresh_lr: float = setting(FRESH, 0.1, PEAK, high=1e3)
+    attack_steps: int = setting(STAGE4, 500, STEPS + "; of the fixed attacker")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, option, m = getattr(self, f.name), "--" + f.name.replace("_", "-"), f.metadata
+            if m["choices"] and value not in m["choices"]:
+                raise DTLError(f"{option}: {value!r} is none of {', '.join(m['choices'])}")
+            if f.type in (int, float) and not m["low"] <= value <= m["high"]:  # false for nan, too
+                raise DTLError(f"{option}: {value} is not a number from {m['low']:g} to {m['high']:g}")
+        object.__setattr__(self, "weights", ",".join(f"{m}={w:.12g}" for m, w in sorted(self.weight_of().items())))
+
+    def part(self, *groups: str) -> dict[str, Any]:
+        """The settings of these groups."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["group"] in groups}
+
+    def weight_of(self) -> dict[str, float]:
+        """'gc=30,uniform=1' -> {'gc': 30.0, 'uniform': 1.0}; of a method named twice the later."""
+        parts = dict(part.partition("=")[::2] for part in self.weights.split(",") if part)
+        for name, number in parts.items():
+            if name not in METHODS or not METHODS[name].forget or not re.fullmatch(r"\d{1,9}(\.\d{1,12})?", number):
+                known = ", ".join(m for m in METHODS if METHODS[m].forget)
+                raise DTLError(f"--weights: '{name[:40]}={number[:40]}' is not METHOD=NUMBER with a number of at least "
+                               f"0 and a method of {known}")
+        return {name: float(number) for name, number in parts.items()}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(
+        source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30", subset_per_class=30,
+        oracle_per_class=38, network="resnet8", batch_size=64, pretrain_steps=600, transfer_steps=300, chunks=2,
+        transfer_lr=0.05, dispose_steps=300, fresh_steps=600, attack_steps=100, weights="gc=10,gc-fresh=10"),
+    "cifar": {},
+    "cifar-small": dict(
+        oracle_per_class=120, image_size=16, network="resnet8", batch_size=64, pretrain_steps=3000, chunks=2,
+        transfer_steps=600, dispose_steps=600, fresh_steps=1000, attack_steps=200, weights="gc=60"),
+    "own": dict(
+        source="", target="", downstream="", oracle_per_class=0, network="resnet8", augment="none", batch_size=64,
+        pretrain_steps=0, transfer_steps=0, transfer_lr=0.05, dispose_steps=0, fresh_steps=0, attack_steps=0),
+}
+EPOCHS = {  # steps of 0: so many passes over the task's images, and at least so many steps
+    "pretrain_steps": ("source", 30, 1000), "transfer_steps": ("target", 60, 300),
+    "dispose_steps": ("target", 60, 300), "fresh_steps": ("target", 120, 600),
+    "attack_steps": ("source-subset", 20, 100),
+}
+
+# ------------------------------------------ Data ------------------------------------------
+# A task is named SET[CLASSES]@PER_CLASS; its images live as uint8 tensors on the device.
+
+ARCHIVES = {  # set: (address, sha256, folder, {file: records} with the test file last, label bytes, which is the label)
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd", "cifar-10-batches-bin",
+                {f"data_batch_{i}.bin": 10000 for i in range(1, 6)} | {"test_batch.bin": 10000}, 1, 0),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+                 "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec", "cifar-100-binary",
+                 {"train.bin": 50000, "test.bin": 10000}, 2, 1),
+}
+MOST_BYTES, MOST_CLASSES = 1 << 34, 1 << 20  # of a user's file: more is taken for a mistake
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x (N, 3, H, W) uint8, y (N,) int64; the same, test
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task, on the device."""
+
+    name: str
+    x: Tensor  # (N, 3, H, W) uint8, training images, class by class
+    y: Tensor  # (N,) int64, 0 .. classes-1
+    x_test: Tensor  # (M, 3, H, W) uint8
+    y_test: Tensor  # (M,) int64
+    classes: int
+    fingerprint: str  # sha256 of the four tensors
+
+
+def load_task(name: str, seed: int, data_dir: Path, device: torch.device, split: str = "test",
+              image_size: int = 0) -> Task:
+    """The task SET[CLASSES]@PER_CLASS: CLASSES a slice or a list, labels renumbered from 0; PER_CLASS training images
+    a class drawn by `seed` (a smaller draw is part of a larger one), test images all kept. DTLError if there is none."""
+    match = re.fullmatch(r"([^\[\]@]+)(?:\[([-\d:,\s]*)\])?(?:@(\d{1,9}))?", name)
+    if not match:
+        raise DTLError(f"task {name[:99]!r}: not of the form SET[CLASSES]@PER_CLASS, as in cifar100[0:80]@50")
+    x, y, x_test, y_test = load_set(match[1], data_dir, split)
+    order = np.random.default_rng(stream(seed, "draw", match[1])).permutation(len(y))
+    kept, kept_test = [], []
+    for c in select_classes(match[2], int(max(y.max(), y_test.max())) + 1):
+        of_class, of_class_test = order[y[order] == c], np.flatnonzero(y_test == c)
+        wanted = int(match[3] or len(of_class))
+        if not 0 < wanted <= len(of_class) or not len(of_class_test):
+            raise DTLError(f"task {name[:99]}: class {c} has {len(of_class)} training and {len(of_class_test)} test "
+                           f"images, and {wanted} are to be kept (labels count from 0)")
+        kept.append(of_class[:wanted])
+        kept_test.append(of_class_test)
+    tensors = []
+    for pixels, indices in ((x, kept), (x_test, kept_test)):
+        images = torch.from_numpy(pixels[np.concatenate(indices)])
+        if image_size > min(images.shape[2:]):
+            raise DTLError(f"task {name}: its images are {images.shape[2:]}, smaller than --image-size {image_size}")
+        if image_size not in (0, images.shape[2]) or image_size not in (0, images.shape[3]):  # area averaging
+            images = torch.cat([F.interpolate(part.float(), (image_size, image_size), mode="area").round().byte()
+                                for part in images.split(4096)])
+        tensors += [images, torch.arange(len(indices)).repeat_interleave(torch.tensor([len(i) for i in indices]))]
+    fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+    return Task(name, *(t.to(device) for t in tensors), classes=len(kept), fingerprint=fingerprint)
+
+
+def select_classes(text: str | None, count: int) -> list[int]:
+    """'0:80', '1,5,7' or None (all) -> class numbers."""
+    sliced = re.fullmatch(r"(\d{0,9}):(\d{0,9})(?::(\d{1,9}))?", ":" if text is None else text)
+    listed = re.fullmatch(r"\d{1,9}(,\d{1,9})+", text or "")
+    chosen = [int(t) for t in text.split(",")] if listed else []
+    if sliced and int(sliced[3] or 1):
+        chosen = list(range(int(sliced[1] or 0), min(int(sliced[2] or count), count + 1), int(sliced[3] or 1)))
+    if len(set(chosen)) < max(2, len(chosen)) or max(chosen) >= count:
+        raise DTLError(f"classes [{(text or '')[:50]}]: neither a slice like 0:80 nor a list like 1,5,7 of at least "
+                       f"two, each once, of 0..{count - 1}")
+    return chosen
+
+
+@functools.lru_cache(maxsize=4)
+def load_set(name: str, data_dir: Path, split: str) -> Arrays:
+    """Training images and labels, then those to measure on. With split 'validation' the latter are the last tenth of
+    each class's training images, which are taken out of the former; the test images stay unseen."""
+    if name == "shapes":
+        arrays = draw_shapes(400, seed=1) + draw_shapes(100, seed=2)
+    elif name in ARCHIVES:
+        arrays = read_archive(name, data_dir)
+    elif name.endswith(".npz"):
+        arrays = read_npz(Path(name))
+    else:
+        raise DTLError(f"no data set {name[:99]!r}: known are shapes, {', '.join(ARCHIVES)}, and a file ending in .npz")
+    if split == "validation":
+        x, y = arrays[:2]
+        of_class = [np.flatnonzero(y == c) for c in np.unique(y)]
+        held = np.isin(np.arange(len(y)), np.concatenate([i[len(i) - max(1, len(i) // 10) :] for i in of_class]))
+        arrays = x[~held], y[~held], x[held], y[held]
+    return arrays
+
+
+def read_npz(path: Path) -> Arrays:
+    """A user's own data: x_train, x_test (N, H, W, 3) uint8; y_train, y_test (N,) integers from 0."""
+    if not path.is_file():
+        raise DTLError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())  # before anything is unpacked
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file) if size <= MOST_BYTES else {}
+    except Exception as error:  # zipfile and numpy raise a dozen kinds for a damaged file
+        raise DTLError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from None
+    if size > MOST_BYTES or not {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
+        raise DTLError(f"{path}: needed are x_train, y_train, x_test, y_test, in at most {MOST_BYTES >> 30} GiB; found "
+                       f"{', '.join(arrays) or 'none'}, {size / 2**30:.3g} GiB")
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape or x.shape[1:] != arrays["x_test"].shape[1:]:
+            raise DTLError(f"{path}: x_{part} must be uint8 of shape (N, H, W, 3), H and W those of x_test, not {x.dtype} "
+                           f"{x.shape}")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() >= MOST_CLASSES:
+            span = f", {y.min()} to {y.max()}" if y.dtype.kind in "iu" and y.size else ""
+            raise DTLError(f"{path}: y_{part} must be integers of shape ({len(x)},), one an image, that count from 0 to at "
+                           f"most {MOST_CLASSES - 1}, not {y.dtype} {y.shape}{span}")
+    x, x_test = (np.ascontiguousarray(arrays[name].transpose(0, 3, 1, 2)) for name in ("x_train", "x_test"))
+    return x, arrays["y_train"].astype(np.int64), x_test, arrays["y_test"].astype(np.int64)
+
+
+def read_archive(name: str, data_dir: Path) -> Arrays:
+    """CIFAR from its official binary files, fetched if need be: records of 1 or 2 label bytes and 3072 pixel bytes,
+    planes R, G, B."""
+    address, sha256, folder, files, label_bytes, label_at = ARCHIVES[name]
+    folder, archive = data_dir / folder, data_dir / address.rsplit("/", 1)[1]
+    if not folder.is_dir():
+        fetch(address, sha256, archive)
+        unpacked = data_dir / f"{folder.name}.{os.getpid()}.partial"
+        try:
+            shutil.unpack_archive(archive, unpacked)  # the very bytes of the sha256: nothing can land elsewhere
+            with contextlib.suppress(OSError):  # another run was faster
+                os.replace(unpacked / folder.name, folder)
+        finally:
+            shutil.rmtree(unpacked, ignore_errors=True)
+    records = []
+    for file, count in files.items():
+        path, length = folder / file, label_bytes + 3072
+        data = np.fromfile(path, np.uint8) if path.is_file() else np.zeros(0, np.uint8)
+        if len(data) != count * length:
+            raise DTLError(f"{path}: {len(data)} bytes, not {count * length}: missing, truncated or another file; delete the "
+                           f"folder {folder} and run `python dtl.py data`")
+        records.append(data.reshape(-1, length))
+    train, test = np.concatenate(records[:-1]), records[-1]
+    pixels, labels = (lambda r: r[:, label_bytes:].reshape(-1, 3, 32, 32)), (lambda r: r[:, label_at].astype(np.int64))
+    return pixels(train), labels(train), pixels(test), labels(test)
+
+
+def fetch(address: str, sha256: str, archive: Path) -> None:
+    """Download, if it is not there, and verify."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    if not archive.exists():
+        click.echo(f"downloading {address} to {archive}", err=True)
+        socket.setdefaulttimeout(60)
+        try:
+            torch.hub.download_url_to_file(address, str(archive), progress=sys.stderr.isatty())
+        except (OSError, http.client.HTTPException) as error:
+            raise DTLError(f"cannot download {address} ({error}); try again, or put its unpacked folder into "
+                           f"{archive.parent}") from None
+    if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != sha256:
+        raise DTLError(f"{archive}: sha256 {found}, not {sha256}: truncated or altered; delete it and run "
+                       "`python dtl.py data`")
+
+
+def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`shapes`: eight contours (class % 8) in four textures (class // 8: filled, striped, grey outlines, chequered);
+    position, angle, size, colours, clutter and noise vary. x (32 * per_class, 3, 16, 16) uint8 and y int64."""
+    rng = np.random.default_rng(seed)
+    y = np.repeat(np.arange(32), per_class)
+    n, size = len(y), 16
+
+    def uniform(low: float, high: float, *shape: int) -> np.ndarray:
+        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+
+    grid = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    angle, radius, shift = uniform(0, 2 * np.pi, 1, 1), uniform(0.55, 0.85, 1, 1), uniform(-0.2, 0.2, 2, 1, 1)
+    dx, dy = (grid[None, None, :] - shift[:, 0]) / radius, (grid[None, :, None] - shift[:, 1]) / radius
+    u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+    contours = [  # negative inside
+        lambda u, v, r, t: r - 0.9,  # disc
+        lambda u, v, r, t: np.maximum(abs(u), 2.2 * abs(v)) - 1,  # bar
+        lambda u, v, r, t: r * np.cos((t + np.pi) % (2 * np.pi / 3) - np.pi / 3) - 0.55,  # triangle
+        lambda u, v, r, t: np.maximum(abs(u), abs(v)) - 0.8,  # square
+        lambda u, v, r, t: r - 0.7 - 0.3 * np.cos(5 * t),  # star
+        lambda u, v, r, t: np.minimum(np.maximum(abs(u), 3 * abs(v)), np.maximum(abs(v), 3 * abs(u))) - 1,  # cross
+        lambda u, v, r, t: np.maximum(r - 1, 0.75 - np.hypot(u - 0.6, v)),  # crescent
+        lambda u, v, r, t: r - 0.65 - 0.35 * np.cos(3 * t),  # trefoil
+    ]
+    textures = [  # negative where painted, f being the contour
+        lambda f, u, v: f,
+        lambda f, u, v: np.maximum(f, np.sin(9 * u)),  # stripes
+        lambda f, u, v: np.maximum(f, -f - 0.35),  # outline
+        lambda f, u, v: np.maximum(f, np.sin(7 * u) * np.sin(7 * v)),  # chequers
+    ]
+    mask = np.empty((n, size, size), np.float32)
+    for c in range(32):
+        a, b = u[y == c], v[y == c]
+        mask[y == c] = textures[c // 8](contours[c % 8](a, b, np.hypot(a, b), np.arctan2(b, a)), a, b)
+    mask = np.clip(0.5 - mask * radius * (size / 4), 0, 1)[:, None]  # soft edges
+    ground, paint = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+    paint = np.where(np.abs(paint - ground) < 0.25, (ground + 0.5) % 1, paint)
+    sketch, grey = (y // 8 == 2)[:, None, None, None], uniform(0, 1, 1, 1, 1)
+    ground = np.where(sketch, grey, ground)
+    paint = np.where(sketch, (grey + uniform(0.35, 0.65, 1, 1, 1)) % 1, paint)
+    x = ground + uniform(-0.3, 0.3, 3, 1, 1) * grid[None, None, None, :] + uniform(-0.3, 0.3, 3, 1, 1) * grid[:, None]
+    for _ in range(3):  # clutter: small discs under the shape
+        cx, cy, cr = uniform(-1, 1, 1, 1, 1), uniform(-1, 1, 1, 1, 1), uniform(0.1, 0.3, 1, 1, 1)
+        disc = np.hypot(grid[None, None, None, :] - cx, grid[:, None] - cy) < cr
+        x = np.where(disc, uniform(0, 1, 3, 1, 1), x)
+    x = x * (1 - mask) + paint * mask
+    x = np.where(sketch, x.mean(1, keepdims=True), x) + rng.normal(0, 0.08, x.shape).astype(np.float32)
+    return (np.clip(x, 0, 1) * 255).astype(np.uint8), y
+
+
+def batch(task: Task, size: int, step: int, seed: int, augment: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Step `step`'s images, augmented and normalised, (B, 3, H, W) float32, and labels (B,): every epoch in a new order,
+    drawn on the device. B is the same at every step: what an epoch would leave over is not used in it."""
+    size = min(size, len(task.y))
+    epoch, k = divmod(step, len(task.y) // size)
+    index = epoch_order(len(task.y), stream(seed, "epoch", epoch), task.y.device)[k * size : (k + 1) * size]
+    return normalise(augmented(task.x[index], augment, generator)), task.y[index]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int, device: torch.device) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+def augmented(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
+    """Each image cropped (an eighth of the side as padding) and flipped by itself. (B, 3, H, W) uint8 -> the same."""
+    if how == "none":
+        return images
+    b, _, height, width = images.shape
+    pad, device = max(1, height // 8), images.device
+    padded = F.pad(images, (pad, pad, pad, pad))
+    top, left, flip = (torch.randint(0, high, (b, 1), generator=generator, device=device)
+                       for high in (2 * pad + 1, 2 * pad + 1, 2 if "flip" in how else 1))
+    rows = top + torch.arange(height, device=device)  # (B, H)
+    columns = torch.arange(width, device=device).expand(b, -1)
+    columns = left + torch.where(flip == 1, width - 1 - columns, columns)  # (B, W)
+    index = torch.arange(b, device=device)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 -> float32 about [-2, 2]. Constants, so that no task's statistics reach a model that never saw it."""
+    return (images.float() - 127.5) / 63.75
+
+
+# ------------------------------------------ Networks ------------------------------------------
 
 
 class Block(nn.Module):
@@ -328,60 +683,46 @@ class ResNet(nn.Module):
     def __init__(self, blocks: Sequence[int], width: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        layers, inputs = [], width
+        self.features, layers = width, []
         for stage, count in enumerate(blocks):
-            outputs = width << stage
             for k in range(count):
-                layers.append(Block(inputs, outputs, 2 if stage and not k else 1))
-                inputs = outputs
+                layers.append(Block(self.features, width << stage, 2 if stage and not k else 1))
+                self.features = width << stage
         self.blocks = nn.Sequential(*layers)
-        self.features = inputs
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.stem(x)).mean((2, 3))
 
 
-NETWORKS = {"resnet18": ((2, 2, 2, 2), 64), "resnet8": ((1, 1, 1), 16)}
-
-
 class Model(nn.Module):
-    """A backbone and a linear head."""
+    """A backbone and a linear head: (B, 3, H, W) float -> (B, classes) float32. `mixed`: bfloat16 inside."""
 
-    def __init__(self, backbone: ResNet, head: nn.Linear) -> None:
+    def __init__(self, backbone: ResNet, head: nn.Linear, mixed: bool = False) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.mixed = backbone, head, mixed
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed):
+            return self.head(self.backbone(x)).float()
+
+
+NETWORKS = {"resnet18": ((2, 2, 2, 2), 64), "resnet8": ((1, 1, 1), 16)}
 
 
 def new_backbone(network: str, seed: int, device: torch.device) -> ResNet:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return ResNet(*NETWORKS[network]).to(device)
+        backbone = ResNet(*NETWORKS[network]).to(device)
+    return backbone.to(memory_format=torch.channels_last) if device.type == "cuda" else backbone
 
 
-def new_head(features: int, classes: int, generator: torch.Generator) -> nn.Linear:
-    """nn.Linear's own initialisation, from `generator`, on its device."""
-    head, bound = nn.utils.skip_init(nn.Linear, features, classes, device=generator.device), features**-0.5
-    with torch.no_grad():
-        head.weight.uniform_(-bound, bound, generator=generator)
-        head.bias.uniform_(-bound, bound, generator=generator)
+def new_head(features: int, classes: int, seed: int | torch.Generator, device: torch.device) -> nn.Linear:
+    """nn.Linear's own initialisation, drawn on the device."""
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator(device).manual_seed(seed)
+    head, bound = nn.utils.skip_init(nn.Linear, features, classes, device=device), features**-0.5
+    for p in (head.weight, head.bias):
+        nn.init.uniform_(p, -bound, bound, generator)
     return head
-
-
-@contextlib.contextmanager
-def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm in training mode normalises by the batch and leaves its running statistics alone. OUR READING:
-    source images pass only so, and the scrubbed model's statistics come from target data."""
-    norms = [(m, m.track_running_stats) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    try:
-        for m, _ in norms:
-            m.track_running_stats = False
-        yield
-    finally:
-        for m, tracked in norms:
-            m.track_running_stats = tracked
 
 
 @torch.no_grad()
@@ -392,271 +733,201 @@ def accuracy(model: Model, task: Task) -> float:
     return torch.cat(hits).double().mean().item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The stages, in the paper's order
+def frozen(module: nn.Module) -> nn.Module:
+    """A copy for reading: evaluation mode, no gradients to its parameters."""
+    return copy.deepcopy(module).eval().requires_grad_(False)
 
+# ------------------------------------------ The one loop ------------------------------------------
+# It trains every stage and every attack.
 
-INSPECT_EVERY = 100  # steps of disposal between two looks at how the source gradients collide
-INSPECT_ATTACK_AT = (0, 1, 10, 100)  # and the attacker's steps at which its own are looked at
+CLIP, WEIGHT_DECAY = 5.0, 5e-4  # largest norm of a step's gradient; L2 penalty
+FETCH = 50  # steps between two looks at the loss terms, which stay on the device till then
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD with Nesterov momentum 0.9 under a one-cycle learning rate."""
+    """How a stage trains: SGD with Nesterov momentum 0.9, or AdamW, under a one-cycle learning rate."""
 
     steps: int
-    lr: float  # peak: reached after a quarter of the steps
+    lr: float  # peak, reached after a quarter of the steps
     batch_size: int
-    weight_decay: float
-    clip: float  # largest gradient norm
+    augment: str = "crop,flip"
+    mixed: bool = False  # bfloat16 where no second derivative is needed
+    optimizer: str = "sgd"
 
     def lr_at(self, step: int) -> float:
         done = (step + 1) / (self.steps + 1)
         return self.lr * (4 * done if done < 0.25 else 0.5 * (1 + math.cos(math.pi * (done - 0.25) / 0.75)))
 
 
-def optimise(
-    model: nn.Module, loss_terms: Callable[[int, torch.Generator], dict[str, float]], schedule: Schedule, seed: int,
-    watch: Watch, attacker: "Attacker | None" = None,
-) -> None:
-    """Run a stage. `loss_terms(step, generator)` backpropagates and returns the loss's terms for the log. The
-    generator is seeded anew by (seed, step): a stage resumes from its step number, parameters and momentum alone.
-    An attacker of the audit may bring another optimiser and a larger first step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if attacker and attacker.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, schedule.lr, weight_decay=schedule.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(parameters, schedule.lr, momentum=0.9, nesterov=True,
-                                    weight_decay=schedule.weight_decay)
-    generator = torch.Generator(parameters[0].device)
-    first = 0
-    if saved := watch.resume():
+def train(model: nn.Module, step_loss: Callable[[int, torch.Generator], dict[str, Tensor]], schedule: Schedule,
+          seed: int, progress: "Progress", inspect: Callable[[int], dict[str, float]] = lambda step: {}) -> None:
+    """Train what of `model` requires grad. `step_loss(step, generator)` backpropagates and returns its terms, tensors
+    () that stay on the device, so that no step waits. The generator is seeded anew by (seed, step): a stage goes on
+    from its step number, parameters and optimiser state alone. `inspect(step)` adds to the log."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    kind = torch.optim.AdamW if schedule.optimizer == "adamw" else functools.partial(
+        torch.optim.SGD, momentum=0.9, nesterov=True)
+    optimizer = kind(params, lr=schedule.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    generator, terms, first = torch.Generator(params[0].device), [], 0
+    if saved := progress.resume():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
     model.train()
-    with watch.bar(first, schedule.steps) as advance:
-        for step in range(first, schedule.steps):
-            jump = attacker is not None and step == 0 and attacker.first_step
-            optimizer.param_groups[0]["lr"] = jump * schedule.lr if jump else schedule.lr_at(step)
-            optimizer.zero_grad()
-            try:
-                terms = loss_terms(step, generator.manual_seed(stream(seed, step)))
-            except ValueError as error:  # the GC loss looks for itself whether it is finite
-                raise watch.error(step, schedule.steps, str(error)) from error
-            terms["gradient"] = nn.utils.clip_grad_norm_(parameters, schedule.clip).item()
-            if not all(map(math.isfinite, terms.values())):
-                raise watch.error(step, schedule.steps, terms)
-            optimizer.step()
-            advance(1)
-            watch.step(step + 1, schedule.steps, terms,
-                       lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
+    for step in range(first, schedule.steps):
+        progress.at(step, schedule.steps)
+        optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
+        optimizer.zero_grad()
+        row = step_loss(step, generator.manual_seed(stream(seed, step)))
+        row["gradient"] = nn.utils.clip_grad_norm_(params, CLIP)
+        terms.append({name: term.detach().float() for name, term in row.items()})
+        optimizer.step()
+        if (step + 1) % FETCH == 0 or step + 1 == schedule.steps:
+            values = torch.stack([torch.stack([*row.values()]) for row in terms]).tolist()
+            for k, row in enumerate(values):
+                if not all(map(math.isfinite, row)):
+                    raise DTLError(f"{progress.name}: step {step + 1 - len(terms) + k} of {schedule.steps}: not finite: "
+                                   f"{show(dict(zip(terms[0], row)))}; a smaller weight or learning rate may help")
+            means = {name: sum(column) / len(column) for name, column in zip(terms[0], zip(*values))}
+            progress.fetched(step + 1, schedule.steps, means | inspect(step),
+                             lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
+            terms = []
     model.eval()
 
 
-def fit(model: "Model", task: Task, schedule: Schedule, seed: int, watch: Watch, inspect_at: Sequence[int] = (),
-        attacker: "Attacker | None" = None) -> None:
-    """Cross entropy over all that is not frozen. The statistics of chunk gradients are noted at the steps `inspect_at`, in
-    an audit with the test accuracy so far."""
+def fit(model: Model, task: Task, schedule: Schedule, seed: int, progress: "Progress") -> Model:
+    """Cross entropy on a task, over all that is not frozen."""
 
-    def loss_terms(step: int, generator: torch.Generator) -> dict[str, float]:
-        x, y = batch(task, schedule.batch_size, step, seed, generator)
-        if step in inspect_at:
-            reached = {"accuracy": accuracy(model, task)} if attacker else {}
-            watch.note(step, reached | chunk_statistics(model.train(), x, y))
+    def step_loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x, y = batch(task, schedule.batch_size, step, seed, schedule.augment, generator)
         loss = F.cross_entropy(model(x), y)
         loss.backward()
-        return {"loss": loss.item()}
+        return {"loss": loss}
 
-    optimise(model, loss_terms, schedule, seed, watch, attacker)
-
-
-def chunk_statistics(model: "Model", x: Tensor, y: Tensor, chunks: int = 4) -> dict[str, float]:
-    """What the log keeps of the gradients of cross entropy on `chunks` parts of a batch: x (B, 3, H, W), y (B,)."""
-    with running_statistics_kept(model):
-        gradients = [torch.autograd.grad(F.cross_entropy(model(part), labels), list(model.parameters()))
-                     for part, labels in zip(*(t.tensor_split(min(chunks, len(x))) for t in (x, y)))]
-    stats = gradient_stats(gradients)
-    return {name: getattr(stats, name) for name in ("mean_cosine", "mean_dot", "collision_rate")}
-
-
-def learn(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: Watch,
-          inspect_at: Sequence[int] = ()) -> Model:
-    """A new head on the backbone, then the whole network trained (the backbone is changed in place)."""
-    head = new_head(backbone.features, task.classes, torch.Generator(task.x.device).manual_seed(stream(seed, "head")))
-    model = Model(backbone, head)
-    fit(model, task, schedule, seed, watch, inspect_at)
+    train(model, step_loss, schedule, seed, progress)
     return model
 
 
-def pretrain(source: Task, network: str, schedule: Schedule, seed: int, watch: Watch) -> Model:
+# ------------------------------------------ The stages ------------------------------------------
+# In the paper's order: explicit arguments in, a result out.
+
+TEMPERATURE = 4.0  # of the distillation from the transferred model, which keeps the target
+RAMP = 0.5  # share of a disposal into a fresh backbone over which the weight of GC rises from zero
+
+
+def pretrain(source: Task, network: str, schedule: Schedule, seed: int, progress: "Progress") -> Model:
     """Stage 1: random backbone, source task. (On the target task it makes the references scratch and oracle.)"""
-    return learn(new_backbone(network, stream(seed, "backbone"), source.x.device), source, schedule, seed, watch)
+    backbone = new_backbone(network, stream(seed, "backbone"), source.x.device)
+    head = new_head(backbone.features, source.classes, stream(seed, "head"), source.x.device)
+    return fit(Model(backbone, head, schedule.mixed), source, schedule, seed, progress)
 
 
-def transfer(pretrained: Model, target: Task, schedule: Schedule, seed: int, watch: Watch) -> Model:
+def transfer(pretrained: Model, target: Task, schedule: Schedule, seed: int, progress: "Progress") -> Model:
     """Stage 2: the pretrained backbone, a new head, the whole network on the target task."""
-    return learn(copy.deepcopy(pretrained.backbone), target, schedule, seed, watch)
+    head = new_head(pretrained.backbone.features, target.classes, stream(seed, "head"), target.x.device)
+    return fit(Model(copy.deepcopy(pretrained.backbone), head, schedule.mixed), target, schedule, seed, progress)
 
 
-def dispose(
-    transferred: Model, source_head: nn.Linear, source: Task, target: Task, method: str, schedule: Schedule, seed: int,
-    watch: Watch, *, network: str, retain: str = "distill", temperature: float = 4.0, retain_weight: float = 1.0,
-    forget_weight: float = 30.0, similarity: str = "dot", gc_head: str = "fresh", chunks: int = 4, chunk_size: int = 32,
-    gc_ramp: float = 0.0,
-) -> Model:
-    """Stage 3: minimise retain_weight * L_retain(target) + forget_weight * L_forget(source) from the transferred
-    model, or from a fresh backbone if the method says so. Returns the scrubbed model; its arguments stay as they are.
-    """
-    forget, fresh = METHODS[method].forget, METHODS[method].fresh
-    device = target.x.device
+def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Task, method: "Method",
+            schedule: Schedule, seed: int, progress: "Progress", *, network: str, weight: float,
+            similarity: str = "dot", gc_head: str = "fresh", chunks: int = 4, chunk_size: int = 32) -> Model:
+    """Stage 3: minimise L_retain(target) + weight * L_forget(source) from the transferred model, or from a fresh
+    backbone if the method says so. Returns the scrubbed model; its arguments stay as they are. Source images pass
+    through BatchNorm without leaving a trace in its running statistics."""
+    device, features, mixed = target.x.device, transferred.backbone.features, schedule.mixed
     teacher, original_head = frozen(transferred), frozen(source_head)
-    stranger = frozen(Model(new_backbone(network, stream(seed, "stranger"), device), copy.deepcopy(source_head)))
-    student = copy.deepcopy(transferred)
-    if fresh:
-        generator = torch.Generator(device).manual_seed(stream(seed, "student head"))
-        student = Model(new_backbone(network, stream(seed, "student"), device),
-                        new_head(transferred.backbone.features, target.classes, generator))
+    stranger = frozen(Model(new_backbone(network, stream(seed, "stranger"), device), source_head))
+    student = copy.deepcopy(transferred) if not method.fresh else Model(
+        new_backbone(network, stream(seed, "student"), device),
+        new_head(features, target.classes, stream(seed, "student head"), device), mixed)
 
-    def loss_terms(step: int, generator: torch.Generator) -> dict[str, float]:
-        x, y = batch(target, schedule.batch_size, step, seed, generator)
-        labels = retain == "ce" and not fresh
-        loss = F.cross_entropy(student(x), y) if labels else distillation(student(x), teacher(x), temperature)
-        (retain_weight * loss).backward()
-        terms = {"retain": loss.item()}
-        if (forget is None and not fresh) or not math.isfinite(terms["retain"]):  # the latter stops the stage
+    def source_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return batch(source, chunks * chunk_size, step, stream(seed, "source"), schedule.augment, generator)
+
+    def step_loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x, _ = batch(target, schedule.batch_size, step, seed, schedule.augment, generator)
+        terms = {"retain": distillation(student(x), teacher(x), TEMPERATURE)}
+        terms["retain"].backward()
+        if not (method.forget or method.fresh):
             return terms
-        x, y = batch(source, chunks * chunk_size, step, stream(seed, "source"), generator)
+        x, y = source_batch(step, generator)
         with running_statistics_kept(student):
-            if fresh:  # source images as unlabelled ones: more of them than there are target images
-                loss = distillation(student(x), teacher(x), temperature)
-                (retain_weight * loss).backward()
-                terms["distill"] = loss.item()
-            if forget is gradient_collision:
-                head = new_head(student.backbone.features, source.classes, generator)
+            if method.fresh:  # source images as unlabelled ones: more of them than there are target images
+                terms["distill"] = distillation(student(x), teacher(x), TEMPERATURE)
+                terms["distill"].backward()
+            if method.forget is gradient_collision:
+                head = new_head(features, source.classes, generator, device)
                 head = head if gc_head == "fresh" else copy.deepcopy(source_head)
-                weight = forget_weight * min(1.0, (step + 1) / (gc_ramp * schedule.steps) if gc_ramp else 1.0)
-                terms["forget"] = gradient_collision(student.backbone, head, x, y, similarity, chunks, weight)
-            elif forget is not None:
-                logits = original_head(student.backbone(x))
-                transferred_logits = functools.partial(Model(teacher.backbone, original_head), x)
-                loss = forget(logits, y, transferred_logits, functools.partial(stranger, x), generator)
-                (forget_weight * loss).backward()
-                terms["forget"] = loss.item()
-            if step % INSPECT_EVERY == 0:
-                head = new_head(student.backbone.features, source.classes, generator)
-                watch.note(step, chunk_statistics(Model(student.backbone, head), x, y))
+                rising = min(1.0, (step + 1) / (RAMP * schedule.steps)) if method.fresh else 1.0
+                terms["forget"] = gradient_collision(student.backbone, head, x, y, similarity, chunks, weight * rising)
+            elif method.forget:
+                logits = Model(student.backbone, original_head, mixed)(x)
+                before = functools.partial(Model(teacher.backbone, original_head, mixed), x)
+                terms["forget"] = method.forget(logits, y, before, functools.partial(stranger, x), generator)
+                (weight * terms["forget"]).backward()
         return terms
 
-    optimise(student, loss_terms, schedule, seed, watch)
+    def inspect(step: int) -> dict[str, float]:
+        generator = torch.Generator(device).manual_seed(stream(seed, "inspect", step))
+        model = Model(student.backbone, new_head(features, source.classes, generator, device))
+        return chunk_statistics(model, *source_batch(step, generator), chunks)
+
+    train(student, step_loss, schedule, seed, progress, inspect)
     return student
 
 
-def piggyback(backbone: ResNet, task: Task, schedule: Schedule, seed: int, watch: Watch) -> float:
-    """Stage 4, the attacker's: a new head, the whole network on a piggyback task. Returns the PL accuracy, 0..1. The
-    attacker is fixed: of one seed, every model gets the same head, batches and schedule."""
-    return accuracy(learn(copy.deepcopy(backbone), task, schedule, seed, watch, INSPECT_ATTACK_AT), task)
-
-
-def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Hinton et al.: T^2 * KL(teacher || student) of logits (B, classes) at temperature T; the mean over the batch."""
-    teacher, student = (F.log_softmax(logits / temperature, 1) for logits in (teacher, student))
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
-
-
-def frozen(module: nn.Module) -> nn.Module:
-    """A copy for reading: evaluation mode, no gradients to its parameters."""
-    return copy.deepcopy(module).eval().requires_grad_(False)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The audit: attackers that try to get the source knowledge back. BatchNorm is in training mode in all of them, so its
-# statistics are re-estimated on the attacker's images, also where the head alone is trained.
-
-
-@dataclass(frozen=True)
-class Attacker:
-    """One way of piggyback learning; as it stands, the fixed attacker's."""
-
-    optimizer: str = "sgd"  # or adamw
-    lr: float = 0.0  # peak learning rate; 0: --attack-lr
-    times: int = 1  # as many steps as --attack-steps
-    fraction: float = 1.0  # of the piggyback training images
-    scope: str = "all"  # what is trained: all, head, or head-then-all, half the steps each
-    batch: int = 1  # times --batch-size
-    first_step: float = 0.0  # the first step at this times the peak learning rate; 0: as the schedule says
-    noise: float = 0.0  # first added to the backbone's weights, in standard deviations of each tensor
-    other_half: bool = False  # trained on half of the classes, then probed: a head on the frozen backbone for the others
-
-    def __str__(self) -> str:
-        given = [f"{f.name.replace('_', ' ')} {getattr(self, f.name)}" for f in fields(self)[1:]
-                 if getattr(self, f.name) != f.default]
-        return ", ".join([self.optimizer, *given]) if given or self.optimizer != "sgd" else "fixed"
-
-
-SMALL_AUDIT = (
-    Attacker(),
-    Attacker(lr=0.1, times=5),
-    Attacker("adamw", 0.002),
-    Attacker(lr=0.1, scope="head"),
-    Attacker(lr=0.1, noise=0.2, first_step=5.0),
-)
-AUDITS = {  # budget: (grid, seeds of the strongest attacker)
-    "small": (SMALL_AUDIT, 1),
-    "full": ((
-        *SMALL_AUDIT,
-        *(Attacker("sgd", lr, times) for lr in (0.01, 0.03, 0.1, 0.3) for times in (1, 5, 20) if (lr, times) != (0.1, 5)),
-        *(Attacker("adamw", lr, times) for lr in (0.0003, 0.001, 0.003) for times in (1, 5, 20)),
-        Attacker(lr=0.1, times=5, fraction=0.5),
-        Attacker(lr=0.1, times=5, scope="head"),
-        Attacker(lr=0.1, times=5, scope="head-then-all"),
-        Attacker(lr=0.1, times=5, batch=8),
-        Attacker(lr=0.1, times=5, first_step=10.0),
-        Attacker(lr=0.1, times=5, noise=0.5),
-        Attacker(lr=0.1, times=5, other_half=True),
-    ), 3),
-}
-
-
-def attack(backbone: ResNet, task: Task, attacker: Attacker, schedule: Schedule, seed: int, watch: Watch,
-           trace: Sequence[int] = ()) -> tuple[float, float]:
-    """An audit's piggyback learning. Returns the accuracy on a fifth of the training images, which is held out of the
-    training, and the test accuracy, both 0..1; with `other_half`, on the classes not trained on. Test accuracy and the
-    statistics of chunk gradients are noted at the steps `trace`."""
+def piggyback(backbone: ResNet, task: Task, attacker: "Attacker", schedule: Schedule, seed: int,
+              progress: "Progress") -> dict[str, float]:
+    """Stage 4: a new head on the scrubbed backbone, trained on a piggyback task as the attacker does it. Returns the PL
+    accuracy, 0..1, as `value`, and the mean cosine of the attacker's chunk gradients at its step 0. Of one seed every
+    model gets the same head, batches and schedule."""
     generator = torch.Generator(task.x.device).manual_seed(stream(seed, "attack"))
-    model = Model(copy.deepcopy(backbone), new_head(backbone.features, task.classes, generator))
-    if attacker.noise:
-        with torch.no_grad():
-            for p in model.backbone.parameters():
-                if p.dim() > 1:
-                    p.add_(torch.randn(p.shape, generator=generator, device=p.device) * p.std() * attacker.noise)
-    known, judged = hold_out(task, attacker.fraction)
-    phases = [(attacker.scope, known, schedule)]
-    if attacker.scope == "head-then-all":
-        half = replace(schedule, steps=max(1, schedule.steps // 2))
-        phases = [("head", known, half), ("all", known, half)]
-    if attacker.other_half:
-        phases = [("all", of_classes(known, range(0, task.classes, 2)), schedule),
-                  ("head", of_classes(known, range(1, task.classes, 2)), schedule)]
-        judged, task = (of_classes(t, range(1, task.classes, 2)) for t in (judged, task))
-    for k, (scope, data, phase) in enumerate(phases):
-        model.backbone.requires_grad_(scope == "all")
-        fit(model, data, phase, stream(seed, "attack", k), watch, trace if scope == "all" else (), attacker)
-    return accuracy(model, judged), accuracy(model, task)
+    head = new_head(backbone.features, task.classes, generator, task.x.device)
+    model, data = Model(copy.deepcopy(backbone), head, schedule.mixed), task
+    with torch.no_grad():
+        for p in model.backbone.parameters() if attacker.noise else ():
+            if p.dim() > 1:
+                p.add_(torch.randn(p.shape, generator=generator, device=p.device) * p.std() * attacker.noise)
+    if attacker.per_class:
+        kept = [torch.nonzero(task.y == c).flatten()[: attacker.per_class] for c in range(task.classes)]
+        data = replace(task, x=task.x[torch.cat(kept)], y=task.y[torch.cat(kept)])
+    first = batch(data, schedule.batch_size, 0, seed, schedule.augment, generator)
+    cosine = chunk_statistics(model.train(), *first)["mean_cosine"]
+    model.backbone.requires_grad_(not attacker.head_only)
+    fit(model, data, schedule, seed, progress)
+    return {"value": accuracy(model, task), "mean_cosine": cosine}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Disposal methods. A forget loss sees the student's logits (B, source classes) on source images through the stored
-# source head (frozen: a head that could be trained would do the forgetting itself), their labels (B,), and how to get
-# the logits of the transferred model and of a random one. OUR READING of each rival is this table; the GC loss goes
+def chunk_statistics(model: Model, x: Tensor, y: Tensor, chunks: int = 4) -> dict[str, float]:
+    """Of the gradients of cross entropy on `chunks` parts of a batch: x (B, 3, H, W), y (B,)."""
+    parts = zip(*(t.tensor_split(max(1, min(chunks, len(x) // 2))) for t in (x, y)))
+    with running_statistics_kept(model):
+        stats = gradient_stats([torch.autograd.grad(F.cross_entropy(model(part), labels), [*model.parameters()])
+                                for part, labels in parts])
+    return {"mean_cosine": stats.mean_cosine, "collision_rate": stats.collision_rate}
+
+
+# ------------------------------------------ Disposal methods and attackers ------------------------------------------
+# A forget loss sees the student's logits (B, source classes) on source images through the pretrained source head
+# (frozen: a head that could be trained would do the forgetting itself), their labels (B,), and how to get the logits
+# of the transferred model and of a random one. OUR READING of each rival is its function here; the GC loss goes
 # through a head of its own.
 
 
-def gradient_collision(backbone, head, x, y, similarity, chunks, weight) -> float:
+def gradient_collision(backbone: ResNet, head: nn.Linear, x: Tensor, y: Tensor, similarity: str, chunks: int,
+                       weight: float) -> Tensor:
     """GC over the backbone and the head in use: adds weight * dGC to the backbone's gradients, returns GC."""
-    losses = [functools.partial(lambda x, y: F.cross_entropy(head(backbone(x)), y), *part)
-              for part in zip(x.tensor_split(chunks), y.tensor_split(chunks))]
-    return gradient_collision_backward(losses, [*backbone.parameters(), *head.parameters()], similarity, weight)
+    losses = [lambda x=x, y=y: F.cross_entropy(head(backbone(x)), y)
+              for x, y in zip(x.tensor_split(chunks), y.tensor_split(chunks))]
+    params = [*backbone.parameters(), *head.parameters()]
+    return gradient_collision_backward(losses, params, similarity=similarity, weight=weight)
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Hinton et al.: T^2 * KL(teacher || student) of logits (B, classes) at temperature T; the mean over the batch."""
+    teacher, student = (F.log_softmax(logits / temperature, 1) for logits in (teacher, student))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 def negative_gradient(logits, labels, transferred, stranger, generator) -> Tensor:
@@ -665,8 +936,8 @@ def negative_gradient(logits, labels, transferred, stranger, generator) -> Tenso
 
 
 def random_labels(logits, labels, transferred, stranger, generator) -> Tensor:
-    return F.cross_entropy(logits, torch.randint(0, logits.shape[1], labels.shape, generator=generator,
-                                                 device=labels.device))
+    drawn = torch.randint(0, logits.shape[1], labels.shape, generator=generator, device=labels.device)
+    return F.cross_entropy(logits, drawn)
 
 
 def uniform_labels(logits, labels, transferred, stranger, generator) -> Tensor:
@@ -676,361 +947,664 @@ def uniform_labels(logits, labels, transferred, stranger, generator) -> Tensor:
 
 def bad_teacher(logits, labels, transferred, stranger, generator) -> Tensor:
     """Chundawat et al. 2023: KL to a randomly initialised teacher."""
-    return distillation(logits, stranger(), 1.0)
+    return distillation(logits, stranger())
 
 
 def scrub(logits, labels, transferred, stranger, generator) -> Tensor:
     """Kurmanji et al. 2023: away from the transferred model's answers, bounded like the negative gradient."""
-    kl = F.kl_div(F.log_softmax(logits, 1), F.log_softmax(transferred(), 1), reduction="none", log_target=True).sum(1)
-    return -kl.clamp(max=math.log(logits.shape[1])).mean()
+    before, now = F.log_softmax(transferred(), 1), F.log_softmax(logits, 1)
+    return -F.kl_div(now, before, reduction="none", log_target=True).sum(1).clamp(max=math.log(logits.shape[1])).mean()
 
 
 @dataclass(frozen=True)
 class Method:
-    forget: Callable | None  # None: the retain loss alone
+    forget: Callable | None = None  # None: the retain loss alone
+    weight: float = 0.0  # of the forget loss, unless --weights says otherwise
     fresh: bool = False  # into a fresh backbone, by distillation on target and source images
 
 
 METHODS = {
-    "finetune": Method(None),
-    "neggrad": Method(negative_gradient),
-    "random-labels": Method(random_labels),
-    "uniform": Method(uniform_labels),
-    "bad-teacher": Method(bad_teacher),
-    "scrub": Method(scrub),
-    "gc": Method(gradient_collision),
-    "distill-fresh": Method(None, fresh=True),
-    "gc-fresh": Method(gradient_collision, fresh=True),
+    "finetune": Method(),
+    "neggrad": Method(negative_gradient, 1.0),
+    "random-labels": Method(random_labels, 3.0),
+    "uniform": Method(uniform_labels, 10.0),
+    "bad-teacher": Method(bad_teacher, 3.0),
+    "scrub": Method(scrub, 3.0),
+    "gc": Method(gradient_collision, 30.0),
+    "distill-fresh": Method(fresh=True),
+    "gc-fresh": Method(gradient_collision, 30.0, fresh=True),
 }
-REFERENCES = ("scratch", "random", "oracle", "pretrained", "transferred")
-REPORTED = (*REFERENCES, *(f"disposed:{m}" for m in METHODS))  # the rows of every table, in order
+TOY_METHODS = ("finetune", "uniform", "gc", "gc-fresh")  # of the presets demo and own; --methods all for the rest
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The experiment: every model by name, made once, kept under everything it depends on
+@dataclass(frozen=True)
+class Attacker:
+    """One way of piggyback learning. BatchNorm is in training mode in all of them, so its statistics are re-estimated
+    on the attacker's images, also where the head alone is trained."""
+
+    lr: float = 0.05  # peak learning rate
+    times: int = 1  # as many steps as --attack-steps
+    per_class: int = 0  # images a class; 0: all of the piggyback data
+    optimizer: str = "sgd"  # or adamw
+    head_only: bool = False  # on the frozen backbone
+    noise: float = 0.0  # first added to the backbone's weights, in standard deviations of each tensor
 
 
-RECIPE = 1  # raised when a change of the code changes what a stage computes: older checkpoints then no longer fit
+ATTACKERS = {
+    "fixed": Attacker(),
+    "long": Attacker(0.1, times=4),
+    "adamw": Attacker(0.002, times=4, optimizer="adamw"),
+    "noise": Attacker(0.1, times=4, noise=0.2),
+    "few": Attacker(per_class=10),
+    "low": Attacker(0.03, times=4),
+    "high": Attacker(0.3, times=4),
+    "longer": Attacker(0.1, times=20),
+    "head": Attacker(0.1, times=4, head_only=True),
+    "few-long": Attacker(0.1, times=4, per_class=10),
+}
+SMALL = ("fixed", "long", "adamw", "noise", "few")
+
+# ------------------------------------------ Files and progress ------------------------------------------
+# What is on disk is whole, and checked when it is read.
+
+SAVE_EVERY = 30.0  # seconds between saves within a stage
 
 
-class Experiment:
-    """One seed of one config."""
+def stream(*names: object) -> int:
+    """A seed of 63 bits for what `names` name: independent of whatever ran before."""
+    return int(digest(repr(names))[:16], 16) >> 1
 
-    def __init__(self, config: Config, seed: int, device: torch.device, out: Path, data_dir: Path,
-                 save_every: float = 30.0) -> None:
-        self.config, self.seed, self.device, self.out, self.data_dir = config, seed, device, out, data_dir
-        self.save_every, self.results = save_every, Results(out)
-        own = {Path(parse_task(task)["set"]) for task in (config.source, config.target, config.downstream)}
-        files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(own) if path.is_file()]  # a user's .npz
-        self.environment = [RECIPE, torch.__version__, device.type]
-        self.config_hash = digest([asdict(config), *self.environment, *files])[:10]
-        self.log, self.models = Log(out, self.config_hash), {}  # models by name
+
+def digest(value: Any) -> str:
+    """sha256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of `data` at `path`, or what was there before."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise DTLError(f"cannot write {path}: {error.strerror}; mend that and run the same command again") from None
+
+
+def append(path: Path, record: dict) -> None:
+    """One JSON line, written in one piece; after a line that a crash cut short, on a line of its own."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        with path.open("ab", buffering=0) as file:
+            file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise DTLError(f"cannot write {path}: {error.strerror}; mend that and run the same command again") from None
+
+
+def save(path: Path, key: str, state: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save({"key": key, **state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: Path, key: str, device: torch.device) -> dict | None:
+    """The state saved at `path` under `key`; None if there is none, or, with a warning, if it is damaged."""
+    try:
+        data = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(data) as archive:  # torch.save writes a zip file, with a checksum of each tensor
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(data, map_location=device, weights_only=True)
+        if state and state["key"] == key:
+            return state
+        reason = f"checksum of {damaged}" if damaged else "it is another stage's"
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever a damaged archive makes the readers raise
+        reason = f"unreadable, {type(error).__name__}"
+    click.echo(f"warning: checkpoint {path} is damaged ({reason}); making it anew", err=True)
+    return None
+
+
+class Results(dict):
+    """OUT/results.jsonl, a line a measurement, by its `key`: the digest of all that it depends on. Each line has its
+    own digest; one that does not fit is passed over, told of, and measured anew."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.path, unfit = out / "results.jsonl", 0
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            try:
+                record = json.loads(line)
+                if record.pop("digest") != digest(record)[:8]:
+                    raise ValueError
+                self[record["key"]] = record
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                unfit += 1
+        if unfit:
+            click.echo(f"warning: {self.path}: {unfit} lines are damaged, or not of this program: passed over", err=True)
+
+    def add(self, record: dict) -> None:
+        append(self.path, record | {"digest": digest(record)[:8]})
+        self[record["key"]] = record
+
+
+@functools.cache
+def git_revision() -> str:
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
+                              timeout=10, capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class Progress:
+    """Where a run is: a line on the terminal that is drawn over, else one every 20 seconds; the log; saves on the way."""
+
+    def __init__(self, out: Path | None = None, device: torch.device = torch.device("cpu"), quiet: bool = True) -> None:
+        self.out, self.device, self.quiet, self.terminal = out, device, quiet, sys.stderr.isatty() and not quiet
+        self.name, self.path, self.key, self.cost, self.number, self.done, self.costs = "stage", None, "", 0.0, 0, 0.0, []
+        self.began = self.printed = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            click.echo("\r\033[K" * self.terminal, err=True, nl=False)
+            click.echo(text)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, cost: float = 0.0, path: Path | None = None, key: str = "") -> Iterator[None]:
+        """cost: about how many plain steps it takes; `costs` has those of all stages to come."""
+        self.name, self.path, self.key, self.cost, self.number = name, path, key, cost, self.number + 1
+        self.stage_began = self.saved = time.monotonic()
+        self.step = self.steps = self.saved_step = 0
+        try:
+            yield
+        except KeyboardInterrupt:
+            kept = f"saved up to step {self.saved_step}" if self.saved_step else "nothing of this stage saved yet"
+            raise KeyboardInterrupt(f"{name} was at step {self.step} of {self.steps}, {kept}") from None
+        self.done += cost
+
+    def resume(self) -> dict | None:
+        """What an earlier run has saved of this stage."""
+        saved = load(self.path, self.key, self.device) if self.path else None
+        self.saved_step = saved["step"] if saved else 0
+        return saved
+
+    def at(self, step: int, steps: int) -> None:
+        self.step, self.steps, now = step, steps, time.monotonic()
+        if now - self.printed > (0.5 if self.terminal else 20):
+            self.printed, done = now, self.done + self.cost * step / steps
+            left = f", about {(now - self.began) * (sum(self.costs) / done - 1) / 60:.0f} min left" if done else ""
+            line = f"stage {self.number} of {len(self.costs)}{left}: {self.name}, step {step} of {steps}"
+            click.echo(f"\r{line:.78}\033[K", err=True, nl=False) if self.terminal else self.say(line)
+
+    def fetched(self, step: int, steps: int, terms: dict[str, float], state: Callable[[], dict]) -> None:
+        """All up to this step is finite: log it, and save what there is now and then."""
+        seconds = time.monotonic() - self.stage_began
+        if self.out:
+            append(self.out / "log.jsonl", dict(stage=self.name, step=step, steps=steps, seconds=round(seconds, 2), **terms))
+        if self.path and step < steps and time.monotonic() - self.saved >= SAVE_EVERY:
+            save(self.path, self.key, state() | {"step": step})
+            self.saved, self.saved_step = time.monotonic(), step
+        if step == steps:
+            self.say(f"{self.name}: {steps} steps in {seconds:.1f} s, {show(terms)}")
+
+
+def show(terms: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+
+
+# ------------------------------------------ Models by name, numbers by key ------------------------------------------
+
+RECIPE = 2  # raised when a change of the code changes what a stage computes: older files then no longer fit
+PIGGYBACK_TASKS, REFERENCES = ("source-subset", "downstream"), ("scratch", "random", "oracle", "transferred")
+
+
+class Run:
+    """One seed of one config: every model by its name, every number by its key, made once and kept."""
+
+    def __init__(self, config: Config, seed: int, data_dir: Path, progress: Progress, results: Results) -> None:
+        self.config, self.seed, self.data_dir, self.progress, self.results = config, seed, data_dir, progress, results
+        self.device, self.mixed = progress.device, config.precision == "auto" and progress.device.type == "cuda"
+        self.tasks = {name: self.task(name) for name in ("source", "target", *PIGGYBACK_TASKS, "oracle")}
+        self.has_oracle, count = len(self.task("oracle").y) > len(self.task("target").y), len(self.task("source").y)
+        if len(sizes := {task.x.shape[2:] for task in self.tasks.values()}) > 1:
+            raise DTLError(f"the tasks' images differ in size ({sizes}): give --image-size N to bring them to one")
+        if len(self.task("source-subset").y) > count or config.chunks * config.chunk_size > count:
+            raise DTLError(f"the source task's {count} images are fewer than --subset-per-class {config.subset_per_class} or "
+                           f"--chunks {config.chunks} of --chunk-size {config.chunk_size} ask for")
+        self.config = replace(config, **{
+            name: max(least, epochs * (len(self.task(task).y) // config.batch_size))
+            for name, (task, epochs, least) in EPOCHS.items() if getattr(config, name) == 0})
 
     @functools.cache
     def task(self, name: str) -> Task:
-        """`source`, `target`, `source-subset`, `downstream`, or `target@N` with N images a class."""
-        c = self.config
-        spec = {"source": c.source, "target": c.target, "downstream": c.downstream}.get(name)
-        if name == "source-subset":
-            spec = f"{c.source.split('@')[0]}@{c.subset_per_class}"
-        elif name.startswith("target@"):
-            spec = f"{c.target.split('@')[0]}@{name.split('@')[1]}"
-        return load_task(spec, self.seed, self.data_dir, self.device, c.split, c.image_size)
+        """`source`, `target`, `source-subset`, `downstream`, or `oracle`: more images of the target."""
+        c, known = self.config, {"source-subset": ("subset-per-class", "source"), "oracle": ("oracle-per-class", "target")}
+        option, whole = known.get(name, (name, name))
+        spec, count = getattr(c, whole), 0 if option == name else getattr(c, option.replace("-", "_"))
+        spec = spec if option == name else spec.split("@")[0] + f"@{count}" * bool(count)
+        try:
+            return load_task(spec, self.seed, self.data_dir, self.device, c.split, c.image_size)
+        except DTLError as error:
+            raise DTLError(f"--{option}: {error}") from None
 
-    def check_tasks(self) -> dict[str, Task]:
-        tasks = {name: self.task(name) for name in ("source", "target", "source-subset", "downstream")}
-        if len(tasks["source-subset"].y) > len(tasks["source"].y):
-            raise DTLError(f"--subset-per-class: {self.config.subset_per_class} is more than {self.config.source} has")
-        sizes = {name: tuple(task.x.shape[2:]) for name, task in tasks.items()}
-        if len(set(sizes.values())) > 1:
-            raise DTLError(f"the tasks' images differ in size ({sizes}): give --image-size N to bring them to one")
-        return tasks
+    def schedule(self, steps: int, lr: float, optimizer: str = "sgd") -> Schedule:
+        return Schedule(steps, lr, self.config.batch_size, self.config.augment, self.mixed, optimizer)
 
-    def schedule(self, steps: int, lr: float, batch_size: int | None = None) -> Schedule:
-        return Schedule(steps, lr, batch_size or self.config.batch_size, self.config.weight_decay, self.config.clip)
-
-    def recipe(self, name: str) -> tuple[list, Callable[[Watch], Model | float]]:
-        """(what the stage's result depends on, how to make it). Nothing is loaded or trained until it is called."""
-        c, seed = self.config, self.seed
+    def recipe(self, name: str) -> tuple[list, float, Callable[[], Model]]:
+        """(what a model depends on, about how many plain steps it takes, how to make it)."""
+        c, seed, progress = self.config, self.seed, self.progress
         if name == "random":
-            return [], lambda watch: Model(new_backbone(c.network, stream(seed, "random"), self.device),
-                                           new_head(1, 2, torch.Generator(self.device)))
-        if name == "pretrained":
-            task, schedule = self.task("source"), self.schedule(c.pretrain_steps, c.pretrain_lr)
-            return [task.fingerprint, schedule], functools.partial(
-                pretrain, task, c.network, schedule, stream(seed, "pretrain"))
-        if name == "scratch" or name.startswith("target@"):
-            task, schedule = self.task(name.replace("scratch", "target")), self.schedule(c.fresh_steps, c.fresh_lr)
-            return [task.fingerprint, schedule], functools.partial(
-                pretrain, task, c.network, schedule, stream(seed, "scratch"))
+            return [c.network], 0, lambda: Model(new_backbone(c.network, stream(seed, name), self.device),
+                                                 new_head(1, 2, 0, self.device))
+        if name in ("pretrained", "scratch", "oracle"):
+            task = self.task({"pretrained": "source", "scratch": "target"}.get(name, name))
+            group, schedule = (STAGE1, self.schedule(c.pretrain_steps, c.pretrain_lr)) if name == "pretrained" else (
+                FRESH, self.schedule(c.fresh_steps, c.fresh_lr))
+            return [c.part(TRAINING, group), task.fingerprint], schedule.steps, lambda: pretrain(
+                task, c.network, schedule, stream(seed, group), progress)
         if name == "transferred":
             task, schedule = self.task("target"), self.schedule(c.transfer_steps, c.transfer_lr)
-            return [self.key("pretrained"), task.fingerprint, schedule], lambda watch: transfer(
-                self.model("pretrained"), task, schedule, stream(seed, "transfer"), watch)
-        if name.startswith("disposed:"):
-            method = name.removeprefix("disposed:")
-            forget, fresh = METHODS[method].forget, METHODS[method].fresh
-            schedule = self.schedule(*((c.fresh_steps, c.fresh_lr) if fresh else (c.dispose_steps, c.dispose_lr)))
-            options = dict(network=c.network, temperature=c.temperature, retain_weight=c.retain_weight)
-            options |= {} if fresh else dict(retain=c.retain)
-            options |= dict(chunks=c.chunks, chunk_size=c.chunk_size) if forget or fresh else {}
-            options |= dict(forget_weight=parse_weights(c.forget_weights)[method]) if forget else {}
-            options |= dict(similarity=c.similarity, gc_head=c.gc_head) if forget is gradient_collision else {}
-            options |= dict(gc_ramp=c.gc_ramp) if forget is gradient_collision and fresh else {}
-            return [self.key("transferred"), schedule, options], lambda watch: dispose(
-                self.model("transferred"), self.model("pretrained").head, self.task("source"), self.task("target"), method,
-                schedule, stream(seed, "dispose"), watch, **options)
-        victim, task = name.removeprefix("piggyback ").rsplit(" ", 1)
-        schedule = self.schedule(c.attack_steps, c.attack_lr)
-        return [self.key(victim), self.task(task).fingerprint, schedule], lambda watch: piggyback(
-            self.model(victim).backbone, self.task(task), schedule, stream(seed, "piggyback", task), watch)
+            return [self.key("pretrained"), c.part(STAGE2), task.fingerprint], schedule.steps, lambda: transfer(
+                self.model("pretrained"), task, schedule, stream(seed, STAGE2), progress)
+        method = METHODS[name.removeprefix("disposed:")]
+        schedule = self.schedule(*((c.fresh_steps, c.fresh_lr) if method.fresh else (c.dispose_steps, c.dispose_lr)))
+        options = dict(weight=c.weight_of().get(name.removeprefix("disposed:"), method.weight), similarity=c.similarity,
+                       gc_head=c.gc_head, chunks=c.chunks, chunk_size=c.chunk_size)
+        plain = 1.5 * method.fresh + (5 if method.forget is gradient_collision else 1.5 * bool(method.forget))
+        cost = schedule.steps * (1.3 + plain * c.chunks * c.chunk_size / c.batch_size)
+        return [self.key("transferred"), asdict(schedule), options], cost, lambda: dispose(
+            self.model("transferred"), self.model("pretrained").head, self.task("source"), self.task("target"), method,
+            schedule, stream(seed, STAGE3), progress, network=c.network, **options)
 
     @functools.cache
-    def key(self, name: str) -> str:
-        depends = [asdict(d) if isinstance(d, Schedule) else d for d in self.recipe(name)[0]]
-        return digest([*self.environment, name, self.seed, self.config.network, depends])
+    def key(self, *names: Any) -> str:
+        """The digest of everything configured up to a model, or to a number."""
+        depends = self.recipe(*names)[0] if len(names) == 1 else []
+        return digest([RECIPE, torch.__version__, self.device.type, self.mixed, self.seed, *names, *depends])[:16]
 
-    def stage(self, name: str) -> Any:
-        """The result of a stage: from its checkpoint, or made now and kept."""
-        path = self.out / "checkpoints" / f"{re.sub('[^a-z0-9@-]+', '-', name)}-seed{self.seed}-{self.key(name)[:12]}.pt"
-        state = load(path, self.device)
-        make = self.recipe(name)[1]
-        if state is None:
-            watch = Watch(f"seed {self.seed} {name}", path, self.device, self.save_every, self.log)
-            result = make(watch)
-            if isinstance(result, Model):
-                state = {"backbone": result.backbone.state_dict(), "head": result.head.state_dict()}
-            else:
-                state = {"value": result}
-            state["notes"] = watch.notes
-            save(path, state)
-            watch.path.unlink(missing_ok=True)
-        return state
+    def path(self, name: str) -> Path:
+        return self.results.path.parent / "checkpoints" / f"{name.replace(':', '-')}-seed{self.seed}-{self.key(name)}.pt"
 
+    @functools.lru_cache(maxsize=16)
     def model(self, name: str) -> Model:
-        """`random`, `pretrained`, `scratch`, `target@N`, `transferred`, `disposed:METHOD`."""
-        if name not in self.models:
-            state = self.stage(name)
-            classes, features = state["head"]["weight"].shape
-            model = Model(new_backbone(self.config.network, 0, self.device), nn.Linear(features, classes, device=self.device))
-            model.backbone.load_state_dict(state["backbone"])
-            model.head.load_state_dict(state["head"])
-            self.models[name] = model.eval()
-        return self.models[name]
+        """`random`, `pretrained`, `scratch`, `oracle`, `transferred`, `disposed:METHOD`: loaded, or made and saved."""
+        path, key, (_, cost, make) = self.path(name), self.key(name), self.recipe(name)
+        state = load(path, key, self.device)
+        if state is None:
+            with self.progress.stage(f"seed {self.seed} {name}", cost, path.with_suffix(".part.pt"), key):
+                made = make()
+            state = {"backbone": made.backbone.state_dict(), "head": made.head.state_dict()}
+            save(path, key, state)
+            path.with_suffix(".part.pt").unlink(missing_ok=True)
+        classes, features = state["head"]["weight"].shape
+        model = Model(new_backbone(self.config.network, 0, self.device), new_head(features, classes, 0, self.device), self.mixed)
+        model.backbone.load_state_dict(state["backbone"])
+        model.head.load_state_dict(state["head"])
+        return model.eval()
 
-    def oracle(self) -> str | None:
-        """The model `target@N` of least N (growing by quarters) that reaches the target accuracy of `transferred` from
-        target data alone; None if the set has too few images. Zero of the normalised leak."""
-        aim = self.measure("transferred", "target_accuracy")
-        if self.measure("scratch", "target_accuracy") >= aim:
-            return "scratch"
-        n = int(parse_task(self.config.target)["per_class"] or 0)
-        while n:
-            n = math.ceil(n * 1.25)
-            try:
-                self.task(f"target@{n}")
-            except DTLError:  # the set has no more
-                return None
-            if self.measure(f"target@{n}", "target_accuracy") >= aim:
-                return f"target@{n}"
+    def number(self, model: str, metric: str, task: str | None = None, attacker: str | None = None,
+               attacker_seed: int | None = None) -> tuple[dict, float, Callable[[], dict]]:
+        """(the line of results.jsonl but for its value, about how many plain steps it takes, how to measure it)."""
+        record, data = dict(seed=self.seed, model=model, metric=metric, task=task), self.task(task or metric.split("_")[0])
+        if attacker is None:
+            key = self.key(metric, self.key(model), data.fingerprint)
+            return record | {"key": key}, 0, lambda: {"value": accuracy(self.model(model), data)}
+        how, seed = ATTACKERS[attacker], stream(self.seed, "piggyback", task, attacker_seed)
+        schedule = self.schedule(how.times * self.config.attack_steps, how.lr, how.optimizer)
+        key = self.key(metric, self.key(model), data.fingerprint, str(how), str(schedule), attacker_seed)
 
-    def measure(self, model: str, metric: str, task: str | None = None) -> float | None:
-        """A measurement, from results.jsonl if it is there."""
-        name = self.oracle() if model == "oracle" else model
-        if name is None:
+        def measure() -> dict:
+            backbone = self.model(model).backbone
+            with self.progress.stage(f"seed {self.seed} {model} {task} {attacker}", schedule.steps):
+                return piggyback(backbone, data, how, schedule, seed, self.progress)
+
+        return record | dict(attacker=attacker, attacker_seed=attacker_seed, key=key), schedule.steps, measure
+
+    def measure(self, *which: Any) -> dict:
+        """A line of results.jsonl, found by its key or made now. which: as in `number`."""
+        record, _, measure = self.number(*which)
+        if record["key"] not in self.results:
+            began = time.monotonic()
+            record |= measure() | dict(config=digest(asdict(self.config))[:10], revision=git_revision(),
+                                       seconds=round(time.monotonic() - began, 1))
+            self.results.add(record)
+            self.progress.say(f"seed {self.seed} {' '.join(map(str, which))}: {100 * record['value']:.1f} %")
+        return self.results[record["key"]]
+
+
+# ------------------------------------------ The report ------------------------------------------
+# Rows are models, columns what was measured; report.md, its closing words and the picture are made of the same rows.
+
+Interval = tuple[float, float, float]  # value, and the 95% bootstrap interval over seeds: of one seed the value again
+
+
+class Rows:
+    """What was measured. values: (model, metric, task, attacker or "worst") -> (seeds,), means over attacker seeds."""
+
+    def __init__(self, records: Sequence[dict], models: Sequence[str]) -> None:
+        found: dict[tuple, dict[int, list]] = {}
+        for r in records:
+            which = r["model"], r["metric"], r["task"], r.get("attacker")
+            found.setdefault(which, {}).setdefault(r["seed"], []).append([r["value"], r.get("mean_cosine", 0.0)])
+        pairs = {which: np.array([np.mean(v, 0) for _, v in sorted(seeds.items())]) for which, seeds in found.items()}
+        self.values, self.cosines = {k: v[:, 0] for k, v in pairs.items()}, {k: v[:, 1].mean() for k, v in pairs.items()}
+        self.attackers = [a for a in ATTACKERS if any(attacker == a for *_, attacker in pairs)]
+        self.models = [m for m in models if (m, "pl_accuracy", "downstream", self.attackers[0]) in pairs]
+        for key in [(m, "pl_accuracy", t) for m in self.models for t in PIGGYBACK_TASKS]:
+            self.values[(*key, "worst")] = max((self.values[(*key, a)] for a in self.attackers), key=np.mean)
+
+    def get(self, what: str, model: str, task: str | None = None, attacker: str | None = None) -> Interval | None:
+        """`target` accuracy, its `change` by disposal; `pl` accuracy, its `points` above oracle, and the `leak`: 0 as
+        oracle, which never saw the source, 1 as transferred; a ratio of means over seeds."""
+        models = {"change": [model, "transferred"], "points": [model, "oracle"], "leak": [model, "transferred", "oracle"]}
+        columns = [self.values.get((m, "pl_accuracy" if task else "target_accuracy", task, attacker))
+                   for m in models.get(what, [model])]
+        if any(c is None for c in columns) or what == "leak" and self.why_no_leak(task, attacker):
             return None
-        if metric == "pl_accuracy":
-            depends = [self.key(f"piggyback {name} {task}")]
-        else:
-            depends = [self.key(name), self.task(metric.split("_")[0]).fingerprint]
-            depends += [self.key("pretrained")] if metric == "source_accuracy" else []
-        record = self.record(model, metric, task, depends)
-        if known := self.results.known(record):
-            return known["value"]
-        notes = []
-        if metric == "pl_accuracy":
-            state = self.stage(f"piggyback {name} {task}")
-            value, notes = state["value"], state["notes"]
-        elif metric == "target_accuracy":
-            value = accuracy(self.model(name), self.task("target"))
-        else:  # source_accuracy, with the stored source head
-            value = accuracy(Model(self.model(name).backbone, self.model("pretrained").head), self.task("source"))
-        self.results.add(notes, record | {"value": value} | ({"is": name} if model == "oracle" else {}))
-        return value
+        statistic = (lambda a: a, np.subtract, lambda pl, top, zero: (pl - zero) / (top - zero))[len(columns) - 1]
+        drawn = np.random.default_rng(0).integers(0, len(columns[0]), (10000, len(columns[0])))  # seeds, with all of theirs
+        interval = np.percentile(statistic(*(c[drawn].mean(1) for c in columns)), (2.5, 97.5))
+        return statistic(*(c.mean() for c in columns)), *interval
 
-    def attempt(self, model: str, task: str, attacker: Attacker, attacker_seed: int) -> dict:
-        """One attacker's try, from results.jsonl if it is there; one that failed is kept with `value` null."""
-        name = self.oracle() if model == "oracle" else model
-        schedule = self.schedule(attacker.times * self.config.attack_steps, attacker.lr or self.config.attack_lr,
-                                 attacker.batch * self.config.batch_size)
-        depends = [self.key(name), self.task(task).fingerprint, asdict(attacker), asdict(schedule), attacker_seed]
-        record = self.record(model, "audit_pl_accuracy", task, depends)
-        record |= dict(attacker=str(attacker), attacker_seed=attacker_seed)
-        known = self.results.known(record)
-        if known is None:
-            watch, began = Watch(f"seed {self.seed} audit {model} {task}", device=self.device), time.monotonic()
-            trace = (0, 1, 10, 30, 100, 300, 1000, 3000) if attacker.times > 1 and not attacker_seed else ()
-            known, backbone = record | {"value": None, "valid": None, "fields": asdict(attacker)}, self.model(name).backbone
-            try:
-                known["valid"], known["value"] = attack(backbone, self.task(task), attacker, schedule,
-                                                        stream(self.seed, "audit", task, attacker_seed), watch, trace)
-            except DTLError as error:
-                known["failed"] = str(error)
-            known["seconds"] = round(time.monotonic() - began, 1)
-            self.results.add(watch.notes, known)
-        return known
-
-    def record(self, model: str, metric: str, task: str | None, depends: list) -> dict:
-        """A line of results.jsonl, but for its value. The key is that of the very weights and images measured, should a
-        file of that name have changed."""
-        return dict(seed=self.seed, model=model, metric=metric, task=task, config=self.config_hash, key=digest(depends)[:12])
+    def why_no_leak(self, task: str, attacker: str = "worst") -> str:
+        """Nothing, or why the ratio would say nothing."""
+        top, zero = (self.values.get((m, "pl_accuracy", task, attacker)) for m in ("transferred", "oracle"))
+        if top is None or zero is None:
+            return ("no leak: there is no oracle, since all target images are in use; a target task of fewer images a class, "
+                    "as in b.npz@20, leaves some for it")
+        gap = top - zero
+        least = max(0.03, 2 * gap.std(ddof=1) / len(gap) ** 0.5 if len(gap) > 1 else 0)
+        return "" if gap.mean() >= least else (
+            f"no leak on {task}: transferred stands {100 * gap.mean():.1f} points above oracle, and a ratio needs "
+            f"{100 * least:.1f}; more source data, a longer stage 1 or more seeds may help")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
+def cell(found: Interval | None, scale: float = 100, style: str = ".1f", interval: bool = True) -> str:
+    if found is None:
+        return "-"
+    low, high = (f"{scale * f:{style}}" for f in found[1:])
+    return f"{scale * found[0]:{style}}" + (f" ({low}, {high})" if interval and low != high else "")
 
 
-def parse_list(context: click.Context, option: click.Parameter, text: str) -> list:
-    """--methods gc,uniform and --seeds 0,1,2."""
-    items = [t.strip() for t in text.split(",")]
-    if option.name == "methods":
-        if unknown := [m for m in items if m not in METHODS]:
-            raise click.BadParameter(f"no method {', '.join(map(repr, unknown))}; known: {', '.join(METHODS)}")
-        return items
-    if not all(t.isdecimal() for t in items) or len(set(map(int, items))) < len(items):
-        raise click.BadParameter(f"{text!r}: seeds are whole numbers of at least 0, each once, as in 0,1,2")
-    return [int(t) for t in items]
+def tables(rows: Rows) -> list[str]:
+    """Markdown: one table a piggyback task; of several attackers, their PL accuracies, too."""
+    lines, several = [], len(rows.attackers) > 1
+    kinds = {"worst": "worst ", **({"fixed": "fixed "} if "fixed" in rows.attackers else {})} if several else {"worst": ""}
+    for task in PIGGYBACK_TASKS:
+        table = [[task, "target %", "change", *(name + c for name in kinds.values() for c in ("PL %", "leak")), "cosine"]]
+        others = [[f"PL %, {task}", *rows.attackers]]
+        for m in rows.models:
+            pl = [[f"{cell(rows.get('pl', m, task, k), interval=False)} {cell(rows.get('points', m, task, k), style='+.1f', interval=False)}",
+                   cell(rows.get("leak", m, task, k), 1, ".2f")] for k in kinds]
+            cosine = rows.cosines[m, "pl_accuracy", task, rows.attackers[0]]
+            table.append([m.removeprefix("disposed:"), cell(rows.get("target", m), interval=False),
+                          cell(rows.get("change", m), style="+.1f"), *sum(pl, []), f"{cosine:+.2f}"])
+            others.append([table[-1][0], *(cell(rows.get("pl", m, task, a), interval=False) for a in rows.attackers)])
+        for cells in (table, others)[: 1 + several]:
+            widths = [max(map(len, column)) for column in zip(*cells)]
+            cells.insert(1, ["-" * width for width in widths])
+            lines += ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells] + [""]
+    return lines
 
 
-out_option = click.option("--out", type=click.Path(path_type=Path), default="runs", envvar="DTL_OUT")
-data_dir_option = click.option("--data-dir", type=click.Path(path_type=Path), default="data", envvar="DTL_DATA_DIR")
+def in_words(rows: Rows) -> list[str]:
+    """What was seen, with its numbers."""
+    lines = list(filter(None, (rows.why_no_leak(task) for task in PIGGYBACK_TASKS)))
+    for m in rows.models:
+        if METHODS.get(m.removeprefix("disposed:"), Method()).forget is gradient_collision:
+            said = [f"{data}: an attacker reaches {cell(rows.get('pl', m, task, 'worst'))}%, without disposal "
+                    f"{cell(rows.get('pl', 'transferred', task, 'worst'))}%, had the source never been seen "
+                    f"{cell(rows.get('pl', 'oracle', task, 'worst'))}%, a leak of {cell(rows.get('leak', m, task, 'worst'), 1, '.2f')}"
+                    for task, data in zip(PIGGYBACK_TASKS, ("source data", "new data"))]
+            lines.append(f"In words: {m.removeprefix('disposed:')} keeps {cell(rows.get('target', m))}% on the target task "
+                         f"({cell(rows.get('change', m), style='+.1f')} points). {'; '.join(said)}.")
+    return lines
 
 
-def experiment_options(command: Callable) -> Callable:
-    for f in reversed(fields(Config)):
-        kind = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type
-        doc = f"{f.metadata['doc']} [{f.default}]."
-        command = click.option("--" + f.name.replace("_", "-"), f.name, type=kind, help=doc)(command)
-    for option in (
-        click.option("--save-every", default=30.0, help="Seconds between saves within a stage."),
-        data_dir_option, out_option,
-        click.option("--methods", default=",".join(METHODS), callback=parse_list, help="Disposal methods."),
-        click.option("--seeds", default="0", callback=parse_list, help="Seeds, as in 0,1,2."),
-        click.option("--gpu", type=int, help="CUDA device; the CPU if left out."),
-        click.option("--preset", type=click.Choice(list(PRESETS)),
-                     help="Default: demo, or cifar with --gpu. In brackets: cifar's settings."),
-    ):
-        command = option(command)
-    return command
+def picture(path: Path, rows: Rows) -> None:
+    """Target accuracy kept, and what the attacker gets, a line a model. Nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [m for m in rows.models if m not in ("random", "oracle")]
+    chart, panels = pyplot.subplots(1, 3, figsize=(10, 1.5 + 0.32 * len(shown)), layout="constrained", sharey=True)
+    kinds = {"worst": ("k", "strongest attacker"), "fixed": ("w", "fixed")} if len(rows.attackers) > 1 else {"worst": ("k", "")}
+    titles = ("target accuracy kept, %", "attacker gets on source data, %", "attacker gets on new data, %")
+    for panel, task, title in zip(panels, (None, *PIGGYBACK_TASKS), titles):
+        what = "pl" if task else "target"
+        for model, style, words in (("oracle", "--", "never seen"), ("transferred", "-", "no disposal")):
+            level = rows.get(what, model, task, task and "worst")
+            if level and (task or model == "transferred"):
+                panel.axvline(100 * level[0], color="0.6", lw=1, ls=style, zorder=0)
+                panel.annotate(words, (100 * level[0], -0.6), ha="center", va="bottom", fontsize=7, color="0.3")
+        for y, model in enumerate(shown):
+            for kind, (fill, words) in (kinds if task else {None: ("k", "")}).items():
+                if found := rows.get(what, model, task, kind):
+                    value, low, high = (100 * f for f in found)
+                    panel.plot([low, high], [y, y], color="k", lw=1.2)
+                    panel.plot(value, y, "o", color="k", mfc=fill, ms=6)
+                    if model == shown[-1]:
+                        panel.annotate(words, (value, y), (0, -14), textcoords="offset points", ha="center", fontsize=7)
+        panel.set_title(title, fontsize=9, pad=14)
+        panel.set(ylim=(len(shown) - 0.2, -0.6))
+        panel.set_yticks(range(len(shown)), [m.removeprefix("disposed:") for m in shown])
+        panel.tick_params(axis="y", length=0)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    buffer = io.BytesIO()
+    chart.savefig(buffer, format="png", dpi=120)
+    pyplot.close(chart)
+    write_atomically(path, buffer.getvalue())
 
 
-@click.group(context_settings={"show_default": True, "max_content_width": 120})
+# ------------------------------------------ The command line ------------------------------------------
+
+
+def find_device(gpu: int | None, precision: str) -> torch.device:
+    if gpu is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DTLError(f"--gpu {gpu}: this PyTorch ({torch.__version__}) sees no CUDA device; install a CUDA build and "
+                       "driver, or leave --gpu out to run on the CPU")
+    gpu += int(os.environ.get("LOCAL_RANK", 0))
+    if not 0 <= gpu < torch.cuda.device_count():
+        raise DTLError(f"--gpu {gpu}: the CUDA devices here are numbered 0..{torch.cuda.device_count() - 1}")
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, precision == "auto"
+    return torch.device("cuda", gpu)
+
+
+def configure(preset: str | None, gpu: int | None, given: dict[str, Any]) -> tuple[str, Config]:
+    """The preset that is meant, and its settings, but for those given."""
+    own = any(".npz" in (given[task] or "") for task in ("source", "target", "downstream"))
+    preset = preset or ("own" if own else "demo" if gpu is None else "cifar")
+    settings = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+    settings["weights"] = f"{PRESETS[preset].get('weights', '')},{given['weights'] or ''}"
+    if missing := [f"--{task}" for task in ("source", "target", "downstream") if settings.get(task) == ""]:
+        raise DTLError(f"{', '.join(missing)} missing: one's own data needs all three tasks, as in --source a.npz")
+    return preset, Config(**settings)
+
+
+def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], methods: list[str] | None, attackers: list[str],
+        attacker_seeds: int, out: Path, data_dir: Path, **given: Any) -> None:
+    """What every command does: make the models it needs, layer by layer, measure them, report. Under torchrun every rank
+    takes its share of each layer, and files are how results travel."""
+    preset, config = configure(preset, gpu, given)
+    device, world, rank = find_device(gpu, config.precision), *(int(os.environ.get(k, d)) for k, d in
+                                                                (("WORLD_SIZE", 1), ("RANK", 0)))
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    progress, results = Progress(out, device, quiet=rank > 0), Results(out)
+    runs = [Run(config, seed, data_dir, progress, results) for seed in seeds]
+    config = runs[0].config  # with its steps, where they follow the data
+    methods = [f"disposed:{m}" for m in methods or (TOY_METHODS if preset in ("demo", "own") else METHODS)]
+
+    command, name = "python dtl.py " + " ".join(sys.argv[1:]), f"config {digest(asdict(config))[:10]}"
+    machine = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if gpu is not None else (
+        f"CPU, {torch.get_num_threads()} threads, {platform.machine()}")
+    versions = (f"revision {git_revision()}, Python {platform.python_version()}, torch {torch.__version__}, numpy "
+                f"{np.__version__}, {machine}")
+    progress.say(f"{command}\n{versions}\npreset {preset}, {name}, seeds {seeds}, native routine: {native_routine()[1]}")
+    for key, value in asdict(config).items():
+        progress.say(f"  {key:<17} {value}")
+    for key, task in runs[0].tasks.items():
+        progress.say(f"  {key:<17} {len(task.y)} training, {len(task.y_test)} {config.split} images, {task.classes} classes, "
+                     f"{task.x.shape[2]}x{task.x.shape[3]}")
+    if rank == 0:
+        append(out / "log.jsonl", dict(command=command, versions=versions, seeds=seeds, settings=asdict(config)))
+
+    models = {"pretrain": [], "transfer": ["transferred"], "all": [*REFERENCES, *methods]}.get(stage, ["transferred", *methods])
+    work: list[list] = [[], [], [], []]  # layers, each in need of those before: (cost, what to do)
+    numbers = [(r, ("pretrained", "source_accuracy")) for r in runs]
+    for r in runs:
+        for m in ["pretrained", *(m for m in models if m != "oracle" or r.has_oracle)]:
+            if not r.path(m).exists():
+                work[2 if m in methods else m == "transferred"].append((r.recipe(m)[1], functools.partial(r.model, m)))
+            if m not in ("pretrained", "random"):
+                numbers.append((r, (m, "target_accuracy")))
+            if m != "pretrained" and stage in ("piggyback", "all"):
+                numbers += [(r, (m, "pl_accuracy", task, a, s)) for task in PIGGYBACK_TASKS for a in attackers
+                            for s in range(attacker_seeds)]
+    for r, which in numbers:
+        record, cost, _ = r.number(*which)
+        work[3] += [] if record["key"] in results else [(cost, functools.partial(r.measure, *which))]
+    work = [layer[rank::world] for layer in work]
+    progress.costs = [cost for layer in work for cost, _ in layer if cost]
+    for layer in work:
+        for _, do in layer:
+            do()
+        if world > 1:
+            torch.distributed.barrier()
+    if rank > 0 or stage not in ("piggyback", "all"):
+        return
+    results.__init__(out) if world > 1 else None  # with what the other ranks have added
+    records = [r.measure(*which) for r, which in numbers]
+    rows = Rows(records, [*REFERENCES, *methods])
+    text = "\n".join([
+        f"Source `{config.source}`, target `{config.target}`, piggyback `source-subset` (the source @"
+        f"{config.subset_per_class}) and `downstream` (`{config.downstream}`); {config.network}; {config.split} images; "
+        f"seeds {', '.join(map(str, seeds))}; pretrained source accuracy {100 * np.mean([r['value'] for r in records[: len(runs)]]):.1f}%.",
+        "", "PL: the accuracy that an attacker reaches, and points above `oracle`, which never saw the source; lower is better. "
+        "Leak: 0 as `oracle`, 1 as `transferred`; below 0 is hard to train, not more forgotten. Cosine: of the attacker's "
+        "chunk gradients at its step 0." + " In brackets: 95% bootstrap intervals over seeds." * (len(seeds) > 1)
+        + f" Worst: each model's strongest of {len(attackers)} attackers; \"resists these\", never \"erased\"." * (len(attackers) > 1),
+        "", *tables(rows), *in_words(rows), "", f"`{command}`, {name}, {versions}.", ""])
+    write_atomically(out / "report.md", text.encode())
+    picture(out / "report.png", rows)
+    progress.say(f"\n{text}\nwrote {out / 'report.md'}, {results.path}")
+
+
+def terse(command: Callable) -> Callable:
+    """A command whose user's mistakes are told in one line, with a non-zero exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        try:
+            command(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise click.ClickException(f"{rank}out of GPU memory, try a smaller --batch-size: {error}".split("\n")[0]) from None
+        except (DTLError, OSError) as error:
+            raise click.ClickException(rank + " ".join(str(error).split())) from None
+        except KeyboardInterrupt as interrupt:
+            click.echo(f"\n{rank}interrupted: {interrupt or 'between stages'}; finished stages are saved; the same command goes "
+                       "on from there", err=True)
+            sys.exit(130)
+
+    return wrapped
+
+
+class Listed(click.ParamType):
+    """NAME,NAME,... of what is known, or the name of a set of them; without either, numbers from 0."""
+
+    name = "list"
+
+    def __init__(self, known: Sequence[str] = (), **sets: Sequence[str]) -> None:
+        self.known, self.sets = known, sets
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> list:
+        names = [t.strip() for t in value.split(",")]
+        names = list(self.sets.get(value, names)) if isinstance(value, str) else value
+        wrong = [n for n in names if not (n in self.known if self.known else re.fullmatch(r"\d{1,9}", n))]
+        if wrong or len(set(names)) < len(names):
+            self.fail(f"{value[:60]!r}: not a list like {','.join(self.known[:2]) or '0,1,2'}, each once"
+                      + f", of {', '.join([*self.sets, *self.known])}" * bool(self.known))
+        return names if self.known else [int(n) for n in names]
+
+
+class Grouped(click.Command):
+    """Help with the options in the groups of Config."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list] = {"The run": []}
+        for option in self.get_params(context):
+            group = next((f.metadata["group"] or STAGE3 for f in fields(Config) if f.name == option.name), "The run")
+            groups.setdefault(group, []).append(option.get_help_record(context))
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+def options(stage: str) -> list[click.Option]:
+    """Those of a command: what a run is, and every field of Config, with the default of the preset of a bare run."""
+    folder = click.Path(path_type=Path)
+    attackers = "small" if stage == "audit" else "fixed"
+    made = [
+        click.Option(["--preset"], type=click.Choice(list(PRESETS)), help="default: demo; cifar with --gpu; own for .npz"),
+        click.Option(["--gpu"], type=int, help="CUDA device; the CPU if left out", metavar="N"),
+        click.Option(["--seeds"], type=Listed(), default="0", help="as in 0,1,2", metavar="N,N,..."),
+        click.Option(["--methods"], type=Listed(list(METHODS), all=list(METHODS)), metavar="NAMES",
+                     help=f"all, or of {','.join(METHODS)}"),
+        click.Option(["--attackers"], type=Listed(list(ATTACKERS), small=SMALL, full=list(ATTACKERS)), default=attackers,
+                     metavar="NAMES", help=f"small, full, or of {','.join(ATTACKERS)}"),
+        click.Option(["--attacker-seeds"], type=click.IntRange(1, 100), default=1, help="seeds of each attacker"),
+        click.Option(["--out"], type=folder, default="runs", envvar="DTL_OUT", help="checkpoints, results, report"),
+        click.Option(["--data-dir"], type=folder, default="data", envvar="DTL_DATA_DIR", help="the CIFAR archives"),
+    ]
+    for f in fields(Config):
+        default = PRESETS["demo"].get(f.name, f.default)
+        made.append(click.Option(["--" + f.name.replace("_", "-"), f.name], help=f"{f.metadata['doc']} [{default}]",
+                                 metavar="", type=click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type))
+    return made
+
+
+@click.group(context_settings={"max_content_width": 110})
 @click.version_option(__version__)
 def main() -> None:
     """Disposable Transfer Learning: pretrain, transfer, dispose, piggyback."""
 
 
 STAGES = {
+    "all": "All four stages, the references, the report: python dtl.py all --seeds 0,1,2",
+    "audit": "The same as all --attackers small: the worst case of five attackers.",
     "pretrain": "Stage 1: train a network on the source task.",
     "transfer": "Stage 2: train its backbone, with a new head, on the target task.",
     "dispose": "Stage 3: unlearn the source knowledge, keep the target task.",
     "piggyback": "Stage 4: attack the scrubbed models; their PL accuracy.",
-    "all": "All four stages, the references, the report.",
 }
-
-
-def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], methods: list[str], out: Path, data_dir: Path,
-        save_every: float, budget: str = "small", attacker_seeds: int | None = None, **given: Any) -> None:
-    preset = preset or ("demo" if gpu is None else "cifar")
-    settings = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
-    if given["forget_weights"]:
-        settings["forget_weights"] = PRESETS[preset].get("forget_weights", "") + "," + given["forget_weights"]
-    config, device = Config(**settings), find_device(gpu)
-    experiments = [Experiment(config, seed, device, out, data_dir, save_every) for seed in seeds]
-    models = {"pretrain": ["pretrained"], "transfer": ["transferred"]}.get(stage, [f"disposed:{m}" for m in methods])
-    if stage == "piggyback":
-        models = ["transferred", *models]
-    elif stage in ("all", "audit"):
-        models = [*REFERENCES, *models]
-
-    tasks = {experiment.seed: experiment.check_tasks() for experiment in experiments}
-    name = experiments[0].config_hash
-    path = begin_run(out, name, preset, seeds, methods, asdict(config), device, native_routine()[1], tasks)
-    for experiment in experiments:
-        for model in models:
-            if model not in ("random", "pretrained"):
-                experiment.measure(model, "target_accuracy")
-            if model in ("pretrained", "transferred") or model.startswith("disposed:"):
-                experiment.measure(model, "source_accuracy")
-            for task in PIGGYBACK_TASKS if stage in ("piggyback", "all", "audit") else ():
-                experiment.measure(model, "pl_accuracy", task)
-        experiment.models.clear()
-    if stage == "audit":  # after all models are there: what is left to do is known, and a first report stands
-        grid, seeds_of_strongest = AUDITS[budget]
-        audit(experiments, [m for m in models if m != "pretrained"], grid, attacker_seeds or seeds_of_strongest)
-    click.echo("\n" + report(out, name, REPORTED))
-    click.echo(f"wrote {out / 'report.md'}, {out / 'results.jsonl'}, {path}")
-
-
-def audit(experiments: list[Experiment], models: list[str], grid: Sequence[Attacker], attacker_seeds: int) -> None:
-    """Every attacker of the grid on every model, then further seeds of the one that is strongest on it."""
-    names = [(e, m, t) for e in experiments for m in models for t in PIGGYBACK_TASKS if m != "oracle" or e.oracle()]
-    attempts = len(names) * (len(grid) + attacker_seeds - 1)
-    click.echo(f"\naudit: {len(grid)} attackers, then {attacker_seeds - 1} more seeds of the strongest, on {len(models)} "
-               f"models and both piggyback tasks: {attempts} attempts")
-    for e, _, task in names:
-        hold_out(e.task(task), 1.0)  # too small a task is the user's mistake, not a failed attempt
-    with progress("audit", attempts) as advance:
-        for experiment, model, task in names:
-            for attacker in grid:
-                advance(f"seed {experiment.seed} {model} {task}, {attacker}")
-                experiment.attempt(model, task, attacker, 0)
-        chosen = strongest(Results(experiments[0].out).read(experiments[0].config_hash))
-        for experiment, model, task in names:
-            for seed in range(1, attacker_seeds):
-                attacker = Attacker(**chosen[model, task]["fields"])
-                advance(f"seed {experiment.seed} {model} {task}, {attacker}, its seed {seed}")
-                experiment.attempt(model, task, attacker, seed)
-
-
 for _stage, _help in STAGES.items():
-    main.command(_stage, help=_help)(experiment_options(terse_errors(functools.partial(run, _stage))))
-
-main.command("audit", help="All models under a grid of attackers: the worst case of piggyback learning.")(
-    click.option("--budget", type=click.Choice(list(AUDITS)), default="small", help="Which grid of attackers.")(
-        click.option("--attacker-seeds", type=click.IntRange(1), help="Seeds of the strongest; 1 if small, 3 if full.")(
-            experiment_options(terse_errors(functools.partial(run, "audit"))))))
-
-
-@main.command("report", help="The tables again, from what is in --out.")
-@out_option
-@click.option("--config", help="Hash of the run to report; the last one if left out.")
-@terse_errors
-def report_command(out: Path, config: str | None) -> None:
-    click.echo(report(out, config, REPORTED))
+    _run = terse(functools.partial(run, "all" if _stage == "audit" else _stage))
+    main.add_command(Grouped(_stage, callback=_run, params=options(_stage), help=_help))
 
 
 @main.command("data", help="Fetch and verify CIFAR-10 and CIFAR-100.")
-@data_dir_option
-@terse_errors
+@click.option("--data-dir", type=click.Path(path_type=Path), default="data", envvar="DTL_DATA_DIR")
+@terse
 def data_command(data_dir: Path) -> None:
     for name in ARCHIVES:
-        x, y, x_test, y_test = read_archive(name, data_dir)
+        _, y, _, y_test = read_archive(name, data_dir)
         click.echo(f"{name}: {len(y)} training and {len(y_test)} test images in {data_dir / ARCHIVES[name][2]}")
 
 
-@main.command(help="Time and memory of the GC loss beside a plain SGD step (or --native: of the C routine beside torch).")
-@click.option("--gpu", type=int, help="CUDA device; the CPU if left out.")
-@click.option("--network", type=click.Choice(list(NETWORKS)), default="resnet8")
-@click.option("--native", is_flag=True, help="The statistics of chunk gradients instead.")
-@terse_errors
-def bench(gpu: int | None, network: str, native: bool) -> None:
-    import dtl_bench
-
-    if native and (gpu is not None or native_routine()[0] is None):
-        raise DTLError(f"--native runs on the CPU and needs the C routine; here: --gpu {gpu}, {native_routine()[1]}")
-    dtl_bench.native() if native else dtl_bench.loss(network, find_device(gpu))
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(prog_name="dtl.py")
