@@ -15,7 +15,7 @@ import os
 import signal
 
 if __name__ == "__main__":  # Ctrl-C while torch is being imported is one line, too
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ninterrupted: nothing was begun\n"), os._exit(130)))
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ninterrupted\n"), os._exit(130)))
 
 import copy
 import functools
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 __version__ = "0.2.0"
 
-# ------------------------------------------ The Gradient Collision loss ------------------------------------------
+# ------------------------------- The Gradient Collision loss -------------------------------
 # For copying into other projects: it needs torch and nothing else of this file.
 
 # --- copy from here ---
@@ -62,13 +62,13 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
         GC  = 2/(n(n-1)) * sum_{i<j} <u_i, u_j>                      cos: in [-1/(n-1), 1]
 
     Minimise it together with a loss that keeps the target task: positive is agreement, negative collision.
-    losses: n >= 2 tensors (), each with its graph. params: what to differentiate by, bfloat16, float32 or float64,
-    on one device; one given twice (tied weights) counts once, one that a loss does not touch is a zero gradient,
-    and a zero gradient has cosine 0. Returns a tensor (), differentiable by params, without host synchronisation;
-    of losses that are not finite, not finite. Sums are float64 where the device has it. Takes about three plain
-    steps, and memory that grows with n. BatchNorm and dropout mode are the caller's. ValueError, with what was
-    seen, for all else. Source: Koh et al., ICCV 2023, arXiv 2308.09971; cosine or inner product, and the fresh
-    head of the example, are this project's reading.
+    losses: n >= 2 tensors (), each with its graph. params: bfloat16, float32 or float64 tensors on one
+    device; one given twice (tied weights) counts once, one that a loss does not touch is a zero gradient, a
+    zero gradient has cosine 0. Returns a tensor (), differentiable by params, without host synchronisation;
+    not finite where the losses are not. Sums are float64 where the device has it. Takes about three plain
+    steps, and memory that grows with n. BatchNorm and dropout mode are the caller's. ValueError, with what
+    was seen, for all else. Source: Koh et al., ICCV 2023, arXiv 2308.09971; cosine or dot, and the example's
+    fresh head, are this project's reading.
 
         head = nn.Linear(features, classes)  # random anew at every step: a trained head does not unlearn
         losses = [F.cross_entropy(head(backbone(x)), y) for x, y in zip(source_x.chunk(4), source_y.chunk(4))]
@@ -89,16 +89,17 @@ def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weigh
 
         dGC = 2/(n(n-1)) * sum_i (du_i/dparams)^T (S - u_i),      S = sum_i u_i;   S and u_i held constant
 
-    chunk_losses: n >= 2 callables without arguments, each computing its chunk's loss and all of its graph. Each
-    is called twice, the second time under torch's random state of the first, so that dropout masks agree; draw
-    from a generator of your own outside: with another draw S - u_i holds the difference of the two, a bias.
-    params are leaves; weight is a finite number. Takes about four plain steps; if it raises, `.grad` may hold a
-    part of the sum. group: a torch.distributed group over whose ranks the chunks are spread (one all_reduce of
-    S). GC is then of all chunks, and the MEAN over ranks of what is added to `.grad` is weight * dGC: what
-    DistributedDataParallel takes. So call this first, then the retain loss's backward through the DDP module.
+    chunk_losses: n >= 2 callables without arguments, each computing its chunk's loss and all of its graph.
+    Each is called twice, the second time under torch's random state of the first, so that dropout masks
+    agree; draw from a generator of your own outside: with another draw S - u_i holds the difference of the
+    two, a bias. params are leaves, weight a finite number. Takes about four plain steps; if it raises,
+    `.grad` may hold part of the sum. group: a torch.distributed group over whose ranks the chunks are spread
+    (one all_reduce of S). GC is of all chunks then, and the MEAN over ranks of what is added to `.grad` is
+    weight * dGC: what DistributedDataParallel takes, so call this first, and then the retain loss's backward
+    through the DDP module.
 
     Does not work with, and the way out:
-      scaled_dot_product_attention    sdpa_kernel(SDPBackend.MATH) around the call, or attn_implementation="eager"
+      scaled_dot_product_attention    sdpa_kernel(SDPBackend.MATH) around it, or attn_implementation="eager"
       torch.compile                   pass the uncompiled model, or torch.compiler.set_stance("force_eager")
       reentrant checkpointing         checkpoint(..., use_reentrant=False)
       FSDP                            unsharded parameters, and `group`
@@ -119,7 +120,7 @@ def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weigh
         random_states.append((torch.get_rng_state(), *get_device_states(*params)))
         u = _gc_vector(chunk_loss(), params, similarity, i)
         value, total = value + _gc_inner(u, total), total + u
-    if group is not None:  # the pairs of all of S, less those within each rank's own, which `value` has already
+    if group is not None:  # the pairs of all of S, but those within a rank, which are in `value`
         numbers = value - _gc_inner(total, total) / 2
         numbers = torch.stack([numbers, torch.full_like(numbers, n)])
         for tensor in (total, numbers):
@@ -160,18 +161,17 @@ def _gc_arguments(chunks, params, similarity, least, weight=None):
             raise ValueError(f"{name} must be a sequence, not one {type(given).__name__}")
     chunks, params = list(chunks), list(params)
     for k, p in enumerate(params):
-        wrong = (f"is a {type(p).__name__}, not a tensor: give model.parameters()" if not isinstance(p, torch.Tensor)
-                 else f"is {p.dtype}: bfloat16, float32 or float64 is needed"
-                 if p.dtype not in (torch.bfloat16, torch.float32, torch.float64)
-                 else f"is on {p.device}, others on {params[0].device}" if p.device != params[0].device
-                 else f"of shape {tuple(p.shape)} does not require grad: give "
-                 "[p for p in model.parameters() if p.requires_grad]" if not p.requires_grad
-                 else "is no leaf: it has no .grad to add to" if weight is not None and not p.is_leaf else None)
-        if wrong:
-            raise ValueError(f"params[{k}] {wrong}")
+        if not isinstance(p, torch.Tensor):
+            raise ValueError(f"params[{k}] is a {type(p).__name__}, not a tensor: give model.parameters()")
+        if p.dtype not in (torch.bfloat16, torch.float32, torch.float64) or p.device != params[0].device:
+            raise ValueError(f"params[{k}] is {p.dtype} on {p.device}, not bfloat16, float32/64 on 1 device")
+        if not p.requires_grad:
+            raise ValueError(f"params[{k}] of shape {tuple(p.shape)} does not require grad: give "
+                             "[p for p in model.parameters() if p.requires_grad]")
+        if weight is not None and not p.is_leaf:
+            raise ValueError(f"params[{k}] of shape {tuple(p.shape)} is no leaf: it has no .grad to add to")
     if not params or len(chunks) < least:
-        raise ValueError(f"needed are params and at least {least} chunks, whose gradients collide in pairs, not "
-                         f"{len(params)} and {len(chunks)}")
+        raise ValueError(f"{len(params)} params, {len(chunks)} chunks: gradients collide in pairs, {least}+")
     if weight is not None and not (isinstance(weight, (int, float)) and math.isfinite(weight)):
         raise ValueError(f"weight must be a finite number, not {weight!r}")
     for i, chunk in enumerate(chunks):
@@ -193,11 +193,12 @@ def _gc_vector(loss, params, similarity, i, create_graph=False):
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise
-            raise ValueError(f"chunk {i}: part of its graph was built outside the callable and is used up by the "
-                             "first call: compute everything inside") from error
+            raise ValueError(f"chunk {i}: part of its graph was built outside the callable, and used up by "
+                             "the first call: compute everything inside") from error
     if all(g is None for g in grads):
-        raise ValueError(f"chunk {i}'s loss {'touches none of params' if loss.requires_grad else 'has no graph'}: was "
-                         "it computed under no_grad or inference_mode, detached, or of another model?")
+        seen = "touches none of params" if loss.requires_grad else "has no graph"
+        raise ValueError(f"chunk {i}'s loss {seen}: was it computed under no_grad or inference_mode, "
+                         "detached or of another model?")
     if create_graph and i == 0:
         _gc_check_second_derivative([g for g in grads if g is not None])
     u = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, params)])
@@ -212,13 +213,13 @@ def _gc_check_second_derivative(grads):
     """Nodes that refuse one raise when reached, but autograd, asked for some inputs alone, passes them by."""
     nodes, seen = [g.grad_fn for g in grads if g.grad_fn], set()
     if 0 < len(nodes) < len(grads):
-        warnings.warn("some parameters' gradients have no graph, so no second derivative: is the loss linear in them, "
-                      "or is there a fused kernel that autograd cannot see through?", stacklevel=4)
+        warnings.warn("some parameters' gradients have no graph, and so no second derivative: is the loss "
+                      "linear in them, or a fused kernel in the way?", stacklevel=4)
     while nodes:
         node = nodes.pop()
         if node.name() == "torch::autograd::Error" or "CompiledFunction" in node.name():
-            raise ValueError(f"the gradient cannot be differentiated again ({node.name()} in its graph): use the "
-                             "uncompiled model, and no function that is once_differentiable")
+            raise ValueError(f"the gradient has no second derivative ({node.name()} in its graph): give the "
+                             "uncompiled model, and no once_differentiable function")
         seen.add(node)
         nodes.extend(n for n, _ in node.next_functions if n and n not in seen)
 
@@ -233,7 +234,7 @@ def _gc_inner(a, b):
 
 # --- to here ---
 
-# ------------------------------------------ Statistics of chunk gradients ------------------------------------------
+# ------------------------------- Statistics of chunk gradients -------------------------------
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ class GradientStats:
 
 @functools.cache
 def native_routine() -> tuple[Any, str]:
-    """(cffi module or None, a word for the header) of the optional C routine, which build_native.py builds."""
+    """(cffi module or None, a word for the header) of the C routine that build_native.py builds."""
     try:
         import _gc_native_ext as module
     except Exception as error:  # noqa: BLE001 - a half-built or foreign library raises anything
@@ -264,10 +265,10 @@ def native_routine() -> tuple[Any, str]:
 def gradient_stats(gradients: Sequence[Sequence[Tensor | None]], backend: str = "auto") -> GradientStats:
     """Pairwise statistics of chunk gradients, read where they lie: nothing is flattened.
 
-    gradients[i][k]: chunk i's gradient for parameter k, n chunks in all; any shape, the same for every i; float32
-    or float64, strided as it likes; None is a zero gradient. Products and sums are float64; NaN and infinity spread
-    to what they touch. backend: "native" (the C routine, CPU only), "torch" (any device), "auto" (native where it
-    can). ValueError: what does not match, or cannot be read; RuntimeError: "native", and it is not built.
+    gradients[i][k]: chunk i's gradient for parameter k, n chunks in all; any shape, the same for every i;
+    float32 or float64, strided as it likes; None is a zero gradient. Products and sums are float64; NaN and
+    infinity spread. backend: "native" (the C routine, CPU only), "torch" (any device), "auto" (native where
+    it can). ValueError: what does not match, or cannot be read; RuntimeError: "native", and it is not built.
     """
     if backend not in ("auto", "native", "torch"):
         raise ValueError(f"backend {backend!r}: choose auto, native or torch")
@@ -278,7 +279,7 @@ def gradient_stats(gradients: Sequence[Sequence[Tensor | None]], backend: str = 
     for k, column in enumerate(zip(*gradients)):
         kinds = {(g.shape, g.dtype, g.device, g.layout) for g in column if g is not None}
         if len(kinds) > 1:
-            raise ValueError(f"parameter {k}: the chunks' gradients differ in shape, dtype or device: {kinds}")
+            raise ValueError(f"parameter {k}: its gradients differ in shape, dtype or device: {kinds}")
         for _, dtype, device, layout in kinds:  # one, or none where no chunk has a gradient for the parameter
             if dtype not in (torch.float32, torch.float64) or layout != torch.strided:
                 raise ValueError(f"parameter {k}: {dtype}, {layout}; pass dense float32 or float64 gradients")
@@ -289,20 +290,20 @@ def gradient_stats(gradients: Sequence[Sequence[Tensor | None]], backend: str = 
         raise RuntimeError(f"backend 'native': {reason}; python build_native.py builds it")
     readable = n <= 1024 and all(device.type == "cpu" for device in devices)
     if len(devices) > 1 or backend == "native" and not readable:
-        raise ValueError(f"one device, and for 'native' up to 1024 chunks in CPU memory, not {n} on {devices}")
+        raise ValueError(f"{n} chunks on {devices}: one device is needed, for 'native' the CPU and n <= 1024")
     native = backend != "torch" and module is not None and readable
     with torch.no_grad():
         gram = torch.zeros(n, n, dtype=torch.float64, device="cpu" if native else next(iter(devices), "cpu"))
         for rows in columns:
             some = next(g for g in rows if g is not None)
-            if native:  # the C routine adds into gram, reading each gradient where it lies; a null pointer is zeros
+            if native:  # it adds into gram, and reads each gradient where it lies; 0 is NULL, zeros
                 rows = [g if g is None else g.contiguous() for g in rows]
                 at = module.ffi.new("uintptr_t[]", [0 if g is None else g.data_ptr() for g in rows])
                 code = (module.lib.gc_gram_f32 if some.dtype == torch.float32 else module.lib.gc_gram_f64)(
                     module.ffi.cast("const void *const *", at), n, some.numel(), torch.get_num_threads(), 0,
                     module.ffi.cast("double *", gram.data_ptr()))
                 if code:
-                    raise RuntimeError(f"_gc_native.c: error {code}, see its header; {n} rows of {some.numel()}")
+                    raise RuntimeError(f"_gc_native.c: error {code} for {n} rows of {some.numel()}")
             else:  # float64 copies of a block at a time, not of everything
                 rows = [(torch.zeros_like(some) if g is None else g).reshape(-1).split(1 << 18) for g in rows]
                 for block in zip(*rows):
@@ -318,7 +319,7 @@ def gradient_stats(gradients: Sequence[Sequence[Tensor | None]], backend: str = 
     return GradientStats(gram, cosine, norms, *(s.item() for s in scalars), "native" if native else "torch")
 
 
-# ------------------------------------------ Configuration ------------------------------------------
+# ---------------------------------------- Configuration ----------------------------------------
 # One default per field; the command line and its help are derived from it.
 
 
@@ -345,7 +346,7 @@ class Config:
     downstream: str = setting(TASKS, "cifar100[80:100]@50", "new data of the attacker's")
     subset_per_class: int = setting(TASKS, 50, "source images a class that the attacker has", low=1)
     oracle_per_class: int = setting(TASKS, 150, "target images a class of oracle; 0: all in the set")
-    split: str = setting(TASKS, "test", "measure on test images, or a tenth of training", "test", "validation")
+    split: str = setting(TASKS, "test", "measure on test images, or a held-out tenth", "test", "validation")
     image_size: int = setting(TASKS, 0, "pixels a side, by area averaging; 0: as stored", high=4096)
     network: str = setting(TRAINING, "resnet18", "backbone", "resnet18", "resnet8")
     augment: str = setting(TRAINING, "crop,flip", "of training images", "crop,flip", "crop", "none")
@@ -359,7 +360,7 @@ class Config:
     dispose_steps: int = setting(STAGE3, 1500, STEPS)
     dispose_lr: float = setting(STAGE3, 0.02, PEAK, high=1e3)
     similarity: str = setting(STAGE3, "dot", "of gradients: inner product or cosine", "dot", "cos")
-    gc_head: str = setting(STAGE3, "fresh", "of the GC loss: random each step, or stage 1's", "fresh", "source")
+    gc_head: str = setting(STAGE3, "fresh", "of GC: random each step, or stage 1's", "fresh", "source")
     chunks: int = setting(STAGE3, 4, "chunks of a source batch whose gradients collide", low=2, high=1e4)
     chunk_size: int = setting(STAGE3, 32, "images a chunk; rivals get as many in all", low=2, high=1e6)
     weights: str = setting("", "", "of the methods' forget losses, METHOD=NUMBER,...")
@@ -374,7 +375,7 @@ class Config:
                 raise DTLError(f"{option}: {value!r} is none of {', '.join(m['choices'])}")
             if f.type in (int, float) and not m["low"] <= value <= m["high"]:  # false for nan, too
                 raise DTLError(f"{option}: {value} is not a number from {m['low']:g} to {m['high']:g}")
-        object.__setattr__(self, "weights", ",".join(f"{m}={w:.12g}" for m, w in sorted(self.weight_of().items())))
+        self.weight_of()
 
     def part(self, *groups: str) -> dict[str, Any]:
         """The settings of these groups."""
@@ -383,26 +384,28 @@ class Config:
     def weight_of(self) -> dict[str, float]:
         """'gc=30,uniform=1' -> {'gc': 30.0, 'uniform': 1.0}; of a method named twice the later."""
         parts = dict(part.partition("=")[::2] for part in self.weights.split(",") if part)
+        known = [m for m in METHODS if METHODS[m].forget]
         for name, number in parts.items():
-            if name not in METHODS or not METHODS[name].forget or not re.fullmatch(r"\d{1,9}(\.\d{1,12})?", number):
-                known = ", ".join(m for m in METHODS if METHODS[m].forget)
-                raise DTLError(f"--weights: '{name[:40]}={number[:40]}' is not METHOD=NUMBER with a number of at least "
-                               f"0 and a method of {known}")
+            if name not in known or not re.fullmatch(r"\d{1,9}(\.\d{1,12})?", number):
+                raise DTLError(f"--weights: '{name[:40]}={number[:40]}' is not METHOD=NUMBER with a "
+                               f"method of {', '.join(known)}")
         return {name: float(number) for name, number in parts.items()}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
-        source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30", subset_per_class=30,
-        oracle_per_class=38, network="resnet8", batch_size=64, pretrain_steps=600, transfer_steps=300, chunks=2,
-        transfer_lr=0.05, dispose_steps=300, fresh_steps=600, attack_steps=100, weights="gc=10,gc-fresh=10"),
+        source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30",
+        subset_per_class=30, oracle_per_class=38, network="resnet8", batch_size=64, pretrain_steps=600,
+        transfer_steps=300, transfer_lr=0.05, dispose_steps=300, chunks=2, weights="gc=10,gc-fresh=10",
+        fresh_steps=600, attack_steps=100),
     "cifar": {},
     "cifar-small": dict(
         oracle_per_class=120, image_size=16, network="resnet8", batch_size=64, pretrain_steps=3000, chunks=2,
         transfer_steps=600, dispose_steps=600, fresh_steps=1000, attack_steps=200, weights="gc=60"),
     "own": dict(
-        source="", target="", downstream="", oracle_per_class=0, network="resnet8", augment="none", batch_size=64,
-        pretrain_steps=0, transfer_steps=0, transfer_lr=0.05, dispose_steps=0, fresh_steps=0, attack_steps=0),
+        source="", target="", downstream="", oracle_per_class=0, network="resnet8", augment="none",
+        batch_size=64, pretrain_steps=0, transfer_steps=0, transfer_lr=0.05, dispose_steps=0, fresh_steps=0,
+        attack_steps=0),
 }
 EPOCHS = {  # steps of 0: so many passes over the task's images, and at least so many steps
     "pretrain_steps": ("source", 30, 1000), "transfer_steps": ("target", 60, 300),
@@ -410,10 +413,10 @@ EPOCHS = {  # steps of 0: so many passes over the task's images, and at least so
     "attack_steps": ("source-subset", 20, 100),
 }
 
-# ------------------------------------------ Data ------------------------------------------
+# ---------------------------------------- Data ----------------------------------------
 # A task is named SET[CLASSES]@PER_CLASS; its images live as uint8 tensors on the device.
 
-ARCHIVES = {  # set: (address, sha256, folder, {file: records} with the test file last, label bytes, which is the label)
+ARCHIVES = {  # set: (address, sha256, folder, {file: records}, the test file last, label bytes, the one used)
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd", "cifar-10-batches-bin",
                 {f"data_batch_{i}.bin": 10000 for i in range(1, 6)} | {"test_batch.bin": 10000}, 1, 0),
@@ -422,14 +425,13 @@ ARCHIVES = {  # set: (address, sha256, folder, {file: records} with the test fil
                  {"train.bin": 50000, "test.bin": 10000}, 2, 1),
 }
 MOST_BYTES, MOST_CLASSES = 1 << 34, 1 << 20  # of a user's file: more is taken for a mistake
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # x (N, 3, H, W) uint8, y (N,) int64; the same, test
+Arrays = tuple[np.ndarray, ...]  # x (N, 3, H, W) uint8, y (N,) int64 for training; x, y for measuring
 
 
 @dataclass(frozen=True)
 class Task:
     """One classification task, on the device."""
 
-    name: str
     x: Tensor  # (N, 3, H, W) uint8, training images, class by class
     y: Tensor  # (N,) int64, 0 .. classes-1
     x_test: Tensor  # (M, 3, H, W) uint8
@@ -440,11 +442,12 @@ class Task:
 
 def load_task(name: str, seed: int, data_dir: Path, device: torch.device, split: str = "test",
               image_size: int = 0) -> Task:
-    """The task SET[CLASSES]@PER_CLASS: CLASSES a slice or a list, labels renumbered from 0; PER_CLASS training images
-    a class drawn by `seed` (a smaller draw is part of a larger one), test images all kept. DTLError if there is none."""
-    match = re.fullmatch(r"([^\[\]@]+)(?:\[([-\d:,\s]*)\])?(?:@(\d{1,9}))?", name)
+    """The task SET[CLASSES]@PER_CLASS: CLASSES a slice or a list, labels renumbered from 0; PER_CLASS
+    training images a class, drawn by `seed` (a smaller draw is part of a larger one); test images all kept.
+    Or DTLError."""
+    match = re.fullmatch(r"([^\[\]@]+)(?:\[([^\[\]@]*)\])?(?:@(\d{1,9}))?", name)
     if not match:
-        raise DTLError(f"task {name[:99]!r}: not of the form SET[CLASSES]@PER_CLASS, as in cifar100[0:80]@50")
+        raise DTLError(f"{name[:99]!r} is not of the form SET[CLASSES]@PER_CLASS, as in cifar100[0:80]@50")
     x, y, x_test, y_test = load_set(match[1], data_dir, split)
     order = np.random.default_rng(stream(seed, "draw", match[1])).permutation(len(y))
     kept, kept_test = [], []
@@ -452,21 +455,21 @@ def load_task(name: str, seed: int, data_dir: Path, device: torch.device, split:
         of_class, of_class_test = order[y[order] == c], np.flatnonzero(y_test == c)
         wanted = int(match[3] or len(of_class))
         if not 0 < wanted <= len(of_class) or not len(of_class_test):
-            raise DTLError(f"task {name[:99]}: class {c} has {len(of_class)} training and {len(of_class_test)} test "
-                           f"images, and {wanted} are to be kept (labels count from 0)")
+            raise DTLError(f"{name[:99]}: class {c} has {len(of_class)} training and {len(of_class_test)} "
+                           f"test images; {wanted} are to be trained on (labels count from 0)")
         kept.append(of_class[:wanted])
         kept_test.append(of_class_test)
     tensors = []
     for pixels, indices in ((x, kept), (x_test, kept_test)):
         images = torch.from_numpy(pixels[np.concatenate(indices)])
         if image_size > min(images.shape[2:]):
-            raise DTLError(f"task {name}: its images are {images.shape[2:]}, smaller than --image-size {image_size}")
-        if image_size not in (0, images.shape[2]) or image_size not in (0, images.shape[3]):  # area averaging
-            images = torch.cat([F.interpolate(part.float(), (image_size, image_size), mode="area").round().byte()
-                                for part in images.split(4096)])
-        tensors += [images, torch.arange(len(indices)).repeat_interleave(torch.tensor([len(i) for i in indices]))]
+            raise DTLError(f"{name}: images of {images.shape[2:]} are smaller than --image-size {image_size}")
+        if image_size and images.shape[2:] != (image_size, image_size):  # area averaging
+            smaller = functools.partial(F.interpolate, size=(image_size, image_size), mode="area")
+            images = torch.cat([smaller(part.float()).round().byte() for part in images.split(4096)])
+        tensors += [images, torch.arange(len(indices)).repeat_interleave(torch.tensor([*map(len, indices)]))]
     fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
-    return Task(name, *(t.to(device) for t in tensors), classes=len(kept), fingerprint=fingerprint)
+    return Task(*(t.to(device) for t in tensors), classes=len(kept), fingerprint=fingerprint)
 
 
 def select_classes(text: str | None, count: int) -> list[int]:
@@ -475,17 +478,17 @@ def select_classes(text: str | None, count: int) -> list[int]:
     listed = re.fullmatch(r"\d{1,9}(,\d{1,9})+", text or "")
     chosen = [int(t) for t in text.split(",")] if listed else []
     if sliced and int(sliced[3] or 1):
-        chosen = list(range(int(sliced[1] or 0), min(int(sliced[2] or count), count + 1), int(sliced[3] or 1)))
+        chosen = range(int(sliced[1] or 0), min(int(sliced[2] or count), count + 1), int(sliced[3] or 1))
     if len(set(chosen)) < max(2, len(chosen)) or max(chosen) >= count:
-        raise DTLError(f"classes [{(text or '')[:50]}]: neither a slice like 0:80 nor a list like 1,5,7 of at least "
-                       f"two, each once, of 0..{count - 1}")
-    return chosen
+        raise DTLError(f"classes [{(text or '')[:50]}]: not a slice like 0:80 or a list like 1,5,7 of two or "
+                       f"more, each once, of 0..{count - 1}")
+    return list(chosen)
 
 
 @functools.lru_cache(maxsize=4)
 def load_set(name: str, data_dir: Path, split: str) -> Arrays:
-    """Training images and labels, then those to measure on. With split 'validation' the latter are the last tenth of
-    each class's training images, which are taken out of the former; the test images stay unseen."""
+    """Training images and labels, then those to measure on. With split 'validation' the latter are the last
+    tenth of each class's training images, which are taken out of the former; the test images stay unseen."""
     if name == "shapes":
         arrays = draw_shapes(400, seed=1) + draw_shapes(100, seed=2)
     elif name in ARCHIVES:
@@ -493,11 +496,12 @@ def load_set(name: str, data_dir: Path, split: str) -> Arrays:
     elif name.endswith(".npz"):
         arrays = read_npz(Path(name))
     else:
-        raise DTLError(f"no data set {name[:99]!r}: known are shapes, {', '.join(ARCHIVES)}, and a file ending in .npz")
+        raise DTLError(f"no data set {name[:99]!r}: there are shapes, {', '.join(ARCHIVES)}, and .npz files")
     if split == "validation":
         x, y = arrays[:2]
         of_class = [np.flatnonzero(y == c) for c in np.unique(y)]
-        held = np.isin(np.arange(len(y)), np.concatenate([i[len(i) - max(1, len(i) // 10) :] for i in of_class]))
+        last = [indices[-max(1, len(indices) // 10) :] for indices in of_class]
+        held = np.isin(np.arange(len(y)), np.concatenate(last))
         arrays = x[~held], y[~held], x[held], y[held]
     return arrays
 
@@ -510,35 +514,34 @@ def read_npz(path: Path) -> Arrays:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())  # before anything is unpacked
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file) if size <= MOST_BYTES else {}
+            found = dict(file) if size <= MOST_BYTES else {}
     except Exception as error:  # zipfile and numpy raise a dozen kinds for a damaged file
         raise DTLError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from None
-    if size > MOST_BYTES or not {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
-        raise DTLError(f"{path}: needed are x_train, y_train, x_test, y_test, in at most {MOST_BYTES >> 30} GiB; found "
-                       f"{', '.join(arrays) or 'none'}, {size / 2**30:.3g} GiB")
+    if size > MOST_BYTES or not {"x_train", "y_train", "x_test", "y_test"} <= found.keys():
+        raise DTLError(f"{path}: needed are x_train, y_train, x_test, y_test, <= {MOST_BYTES >> 30} GiB; "
+                       f"found {', '.join(found) or 'none'}, {size / 2**30:.3g} GiB")
     for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape or x.shape[1:] != arrays["x_test"].shape[1:]:
-            raise DTLError(f"{path}: x_{part} must be uint8 of shape (N, H, W, 3), H and W those of x_test, not {x.dtype} "
-                           f"{x.shape}")
+        x, y, shape = found[f"x_{part}"], found[f"y_{part}"], found["x_test"].shape[1:]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape or x.shape[1:] != shape:
+            raise DTLError(f"{path}: x_{part} must be uint8 of shape (N, H, W, 3), H and W as in x_test, not "
+                           f"{x.dtype} {x.shape}")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() >= MOST_CLASSES:
             span = f", {y.min()} to {y.max()}" if y.dtype.kind in "iu" and y.size else ""
-            raise DTLError(f"{path}: y_{part} must be integers of shape ({len(x)},), one an image, that count from 0 to at "
-                           f"most {MOST_CLASSES - 1}, not {y.dtype} {y.shape}{span}")
-    x, x_test = (np.ascontiguousarray(arrays[name].transpose(0, 3, 1, 2)) for name in ("x_train", "x_test"))
-    return x, arrays["y_train"].astype(np.int64), x_test, arrays["y_test"].astype(np.int64)
+            raise DTLError(f"{path}: y_{part} must be integers of shape ({len(x)},), one an image, counting "
+                           f"from 0 to at most {MOST_CLASSES - 1}, not {y.dtype} {y.shape}{span}")
+    x, x_test = (np.ascontiguousarray(found[name].transpose(0, 3, 1, 2)) for name in ("x_train", "x_test"))
+    return x, found["y_train"].astype(np.int64), x_test, found["y_test"].astype(np.int64)
 
 
 def read_archive(name: str, data_dir: Path) -> Arrays:
-    """CIFAR from its official binary files, fetched if need be: records of 1 or 2 label bytes and 3072 pixel bytes,
-    planes R, G, B."""
+    """CIFAR's official binary files: records of 1 or 2 label bytes and 3072 pixel bytes, planes R, G, B."""
     address, sha256, folder, files, label_bytes, label_at = ARCHIVES[name]
     folder, archive = data_dir / folder, data_dir / address.rsplit("/", 1)[1]
     if not folder.is_dir():
         fetch(address, sha256, archive)
         unpacked = data_dir / f"{folder.name}.{os.getpid()}.partial"
         try:
-            shutil.unpack_archive(archive, unpacked)  # the very bytes of the sha256: nothing can land elsewhere
+            shutil.unpack_archive(archive, unpacked)  # it has its sha256: nothing can land elsewhere
             with contextlib.suppress(OSError):  # another run was faster
                 os.replace(unpacked / folder.name, folder)
         finally:
@@ -548,12 +551,12 @@ def read_archive(name: str, data_dir: Path) -> Arrays:
         path, length = folder / file, label_bytes + 3072
         data = np.fromfile(path, np.uint8) if path.is_file() else np.zeros(0, np.uint8)
         if len(data) != count * length:
-            raise DTLError(f"{path}: {len(data)} bytes, not {count * length}: missing, truncated or another file; delete the "
-                           f"folder {folder} and run `python dtl.py data`")
+            raise DTLError(f"{path}: {len(data)} bytes, not {count * length}: missing, truncated or other; "
+                           f"delete the folder {folder} and run `python dtl.py data`")
         records.append(data.reshape(-1, length))
-    train, test = np.concatenate(records[:-1]), records[-1]
-    pixels, labels = (lambda r: r[:, label_bytes:].reshape(-1, 3, 32, 32)), (lambda r: r[:, label_at].astype(np.int64))
-    return pixels(train), labels(train), pixels(test), labels(test)
+    parts = np.concatenate(records[:-1]), records[-1]
+    return tuple(array for r in parts for array in (
+        r[:, label_bytes:].reshape(-1, 3, 32, 32), r[:, label_at].astype(np.int64)))
 
 
 def fetch(address: str, sha256: str, archive: Path) -> None:
@@ -573,8 +576,9 @@ def fetch(address: str, sha256: str, archive: Path) -> None:
 
 
 def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`shapes`: eight contours (class % 8) in four textures (class // 8: filled, striped, grey outlines, chequered);
-    position, angle, size, colours, clutter and noise vary. x (32 * per_class, 3, 16, 16) uint8 and y int64."""
+    """`shapes`: eight contours (class % 8) in four textures (class // 8: filled, striped, grey outlines,
+    chequers); position, angle, size, colours, clutter and noise vary. x (32 * per_class, 3, 16, 16) uint8 and
+    y int64."""
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(32), per_class)
     n, size = len(y), 16
@@ -582,9 +586,10 @@ def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
 
-    grid = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    along = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1)[None]  # (1, 16)
+    down = along.T
     angle, radius, shift = uniform(0, 2 * np.pi, 1, 1), uniform(0.55, 0.85, 1, 1), uniform(-0.2, 0.2, 2, 1, 1)
-    dx, dy = (grid[None, None, :] - shift[:, 0]) / radius, (grid[None, :, None] - shift[:, 1]) / radius
+    dx, dy = (along - shift[:, 0]) / radius, (down - shift[:, 1]) / radius
     u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
     contours = [  # negative inside
         lambda u, v, r, t: r - 0.9,  # disc
@@ -592,7 +597,7 @@ def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         lambda u, v, r, t: r * np.cos((t + np.pi) % (2 * np.pi / 3) - np.pi / 3) - 0.55,  # triangle
         lambda u, v, r, t: np.maximum(abs(u), abs(v)) - 0.8,  # square
         lambda u, v, r, t: r - 0.7 - 0.3 * np.cos(5 * t),  # star
-        lambda u, v, r, t: np.minimum(np.maximum(abs(u), 3 * abs(v)), np.maximum(abs(v), 3 * abs(u))) - 1,  # cross
+        lambda u, v, r, t: np.minimum(np.maximum(abs(u), 3 * abs(v)), np.maximum(abs(v), 3 * abs(u))) - 1,
         lambda u, v, r, t: np.maximum(r - 1, 0.75 - np.hypot(u - 0.6, v)),  # crescent
         lambda u, v, r, t: r - 0.65 - 0.35 * np.cos(3 * t),  # trefoil
     ]
@@ -612,19 +617,20 @@ def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     sketch, grey = (y // 8 == 2)[:, None, None, None], uniform(0, 1, 1, 1, 1)
     ground = np.where(sketch, grey, ground)
     paint = np.where(sketch, (grey + uniform(0.35, 0.65, 1, 1, 1)) % 1, paint)
-    x = ground + uniform(-0.3, 0.3, 3, 1, 1) * grid[None, None, None, :] + uniform(-0.3, 0.3, 3, 1, 1) * grid[:, None]
+    x = ground + uniform(-0.3, 0.3, 3, 1, 1) * along + uniform(-0.3, 0.3, 3, 1, 1) * down
     for _ in range(3):  # clutter: small discs under the shape
         cx, cy, cr = uniform(-1, 1, 1, 1, 1), uniform(-1, 1, 1, 1, 1), uniform(0.1, 0.3, 1, 1, 1)
-        disc = np.hypot(grid[None, None, None, :] - cx, grid[:, None] - cy) < cr
-        x = np.where(disc, uniform(0, 1, 3, 1, 1), x)
+        x = np.where(np.hypot(along - cx, down - cy) < cr, uniform(0, 1, 3, 1, 1), x)
     x = x * (1 - mask) + paint * mask
     x = np.where(sketch, x.mean(1, keepdims=True), x) + rng.normal(0, 0.08, x.shape).astype(np.float32)
     return (np.clip(x, 0, 1) * 255).astype(np.uint8), y
 
 
-def batch(task: Task, size: int, step: int, seed: int, augment: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Step `step`'s images, augmented and normalised, (B, 3, H, W) float32, and labels (B,): every epoch in a new order,
-    drawn on the device. B is the same at every step: what an epoch would leave over is not used in it."""
+def batch(task: Task, size: int, step: int, seed: int, augment: str,
+          generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Step `step`'s images, augmented and normalised, (B, 3, H, W) float32, and labels (B,): every epoch in a
+    new order, drawn on the device. B is the same at every step; what an epoch would leave over is not used in
+    it."""
     size = min(size, len(task.y))
     epoch, k = divmod(step, len(task.y) // size)
     index = epoch_order(len(task.y), stream(seed, "epoch", epoch), task.y.device)[k * size : (k + 1) * size]
@@ -637,7 +643,7 @@ def epoch_order(count: int, seed: int, device: torch.device) -> Tensor:
 
 
 def augmented(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
-    """Each image cropped (an eighth of the side as padding) and flipped by itself. (B, 3, H, W) uint8 -> the same."""
+    """Each image cropped (an eighth of the side as padding) and flipped by itself: (B, 3, H, W) uint8."""
     if how == "none":
         return images
     b, _, height, width = images.shape
@@ -653,11 +659,11 @@ def augmented(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 -> float32 about [-2, 2]. Constants, so that no task's statistics reach a model that never saw it."""
+    """uint8 -> float32 about [-2, 2]. Constants: no task's statistics reach a model that never saw it."""
     return (images.float() - 127.5) / 63.75
 
 
-# ------------------------------------------ Networks ------------------------------------------
+# ---------------------------------------- Networks ----------------------------------------
 
 
 class Block(nn.Module):
@@ -682,7 +688,8 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: Sequence[int], width: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU())
         self.features, layers = width, []
         for stage, count in enumerate(blocks):
             for k in range(count):
@@ -729,15 +736,15 @@ def new_head(features: int, classes: int, seed: int | torch.Generator, device: t
 def accuracy(model: Model, task: Task) -> float:
     """Test accuracy, 0..1."""
     model.eval()
-    hits = [model(normalise(x)).argmax(1) == y for x, y in zip(task.x_test.split(500), task.y_test.split(500))]
-    return torch.cat(hits).double().mean().item()
+    answers = torch.cat([model(normalise(x)).argmax(1) for x in task.x_test.split(500)])
+    return (answers == task.y_test).double().mean().item()
 
 
 def frozen(module: nn.Module) -> nn.Module:
     """A copy for reading: evaluation mode, no gradients to its parameters."""
     return copy.deepcopy(module).eval().requires_grad_(False)
 
-# ------------------------------------------ The one loop ------------------------------------------
+# ---------------------------------------- The one loop ----------------------------------------
 # It trains every stage and every attack.
 
 CLIP, WEIGHT_DECAY = 5.0, 5e-4  # largest norm of a step's gradient; L2 penalty
@@ -760,15 +767,16 @@ class Schedule:
         return self.lr * (4 * done if done < 0.25 else 0.5 * (1 + math.cos(math.pi * (done - 0.25) / 0.75)))
 
 
-def train(model: nn.Module, step_loss: Callable[[int, torch.Generator], dict[str, Tensor]], schedule: Schedule,
-          seed: int, progress: "Progress", inspect: Callable[[int], dict[str, float]] = lambda step: {}) -> None:
-    """Train what of `model` requires grad. `step_loss(step, generator)` backpropagates and returns its terms, tensors
-    () that stay on the device, so that no step waits. The generator is seeded anew by (seed, step): a stage goes on
-    from its step number, parameters and optimiser state alone. `inspect(step)` adds to the log."""
+def train(model: nn.Module, step_loss: Callable, schedule: Schedule, seed: int, progress: "Progress",
+          inspect: Callable[[int], dict[str, float]] = lambda step: {}) -> None:
+    """Train what of `model` requires grad. `step_loss(step, generator)` backpropagates and returns its terms
+    by name, tensors () that stay on the device, so that no step waits. The generator is seeded anew by (seed,
+    step): a stage goes on from its step number, parameters and optimiser state alone. `inspect(step)` adds to
+    the log."""
     params = [p for p in model.parameters() if p.requires_grad]
-    kind = torch.optim.AdamW if schedule.optimizer == "adamw" else functools.partial(
-        torch.optim.SGD, momentum=0.9, nesterov=True)
-    optimizer = kind(params, lr=schedule.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    sgd = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+    optimizer = (torch.optim.AdamW if schedule.optimizer == "adamw" else sgd)(
+        params, lr=schedule.lr, weight_decay=WEIGHT_DECAY, fused=True)
     generator, terms, first = torch.Generator(params[0].device), [], 0
     if saved := progress.resume():
         model.load_state_dict(saved["model"])
@@ -787,8 +795,9 @@ def train(model: nn.Module, step_loss: Callable[[int, torch.Generator], dict[str
             values = torch.stack([torch.stack([*row.values()]) for row in terms]).tolist()
             for k, row in enumerate(values):
                 if not all(map(math.isfinite, row)):
-                    raise DTLError(f"{progress.name}: step {step + 1 - len(terms) + k} of {schedule.steps}: not finite: "
-                                   f"{show(dict(zip(terms[0], row)))}; a smaller weight or learning rate may help")
+                    at, seen = step + 1 - len(terms) + k, show(dict(zip(terms[0], row)))
+                    raise DTLError(f"{progress.name}: step {at} of {schedule.steps}: not finite: {seen}; a "
+                                   "smaller weight or learning rate may help")
             means = {name: sum(column) / len(column) for name, column in zip(terms[0], zip(*values))}
             progress.fetched(step + 1, schedule.steps, means | inspect(step),
                              lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
@@ -809,7 +818,7 @@ def fit(model: Model, task: Task, schedule: Schedule, seed: int, progress: "Prog
     return model
 
 
-# ------------------------------------------ The stages ------------------------------------------
+# ---------------------------------------- The stages ----------------------------------------
 # In the paper's order: explicit arguments in, a result out.
 
 TEMPERATURE = 4.0  # of the distillation from the transferred model, which keeps the target
@@ -817,7 +826,7 @@ RAMP = 0.5  # share of a disposal into a fresh backbone over which the weight of
 
 
 def pretrain(source: Task, network: str, schedule: Schedule, seed: int, progress: "Progress") -> Model:
-    """Stage 1: random backbone, source task. (On the target task it makes the references scratch and oracle.)"""
+    """Stage 1: random backbone, source task. (On the target task: the references scratch and oracle.)"""
     backbone = new_backbone(network, stream(seed, "backbone"), source.x.device)
     head = new_head(backbone.features, source.classes, stream(seed, "head"), source.x.device)
     return fit(Model(backbone, head, schedule.mixed), source, schedule, seed, progress)
@@ -825,16 +834,17 @@ def pretrain(source: Task, network: str, schedule: Schedule, seed: int, progress
 
 def transfer(pretrained: Model, target: Task, schedule: Schedule, seed: int, progress: "Progress") -> Model:
     """Stage 2: the pretrained backbone, a new head, the whole network on the target task."""
-    head = new_head(pretrained.backbone.features, target.classes, stream(seed, "head"), target.x.device)
-    return fit(Model(copy.deepcopy(pretrained.backbone), head, schedule.mixed), target, schedule, seed, progress)
+    backbone = copy.deepcopy(pretrained.backbone)
+    head = new_head(backbone.features, target.classes, stream(seed, "head"), target.x.device)
+    return fit(Model(backbone, head, schedule.mixed), target, schedule, seed, progress)
 
 
 def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Task, method: "Method",
             schedule: Schedule, seed: int, progress: "Progress", *, network: str, weight: float,
             similarity: str = "dot", gc_head: str = "fresh", chunks: int = 4, chunk_size: int = 32) -> Model:
-    """Stage 3: minimise L_retain(target) + weight * L_forget(source) from the transferred model, or from a fresh
-    backbone if the method says so. Returns the scrubbed model; its arguments stay as they are. Source images pass
-    through BatchNorm without leaving a trace in its running statistics."""
+    """Stage 3: minimise L_retain(target) + weight * L_forget(source) from the transferred model, or from a
+    fresh backbone if the method says so. Returns the scrubbed model; its arguments stay as they are. Source
+    images pass through BatchNorm without leaving a trace in its running statistics."""
     device, features, mixed = target.x.device, transferred.backbone.features, schedule.mixed
     teacher, original_head = frozen(transferred), frozen(source_head)
     stranger = frozen(Model(new_backbone(network, stream(seed, "stranger"), device), source_head))
@@ -859,8 +869,8 @@ def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Ta
             if method.forget is gradient_collision:
                 head = new_head(features, source.classes, generator, device)
                 head = head if gc_head == "fresh" else copy.deepcopy(source_head)
-                rising = min(1.0, (step + 1) / (RAMP * schedule.steps)) if method.fresh else 1.0
-                terms["forget"] = gradient_collision(student.backbone, head, x, y, similarity, chunks, weight * rising)
+                now = weight * (min(1.0, (step + 1) / (RAMP * schedule.steps)) if method.fresh else 1.0)
+                terms["forget"] = gradient_collision(student.backbone, head, x, y, similarity, chunks, now)
             elif method.forget:
                 logits = Model(student.backbone, original_head, mixed)(x)
                 before = functools.partial(Model(teacher.backbone, original_head, mixed), x)
@@ -879,15 +889,15 @@ def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Ta
 
 def piggyback(backbone: ResNet, task: Task, attacker: "Attacker", schedule: Schedule, seed: int,
               progress: "Progress") -> dict[str, float]:
-    """Stage 4: a new head on the scrubbed backbone, trained on a piggyback task as the attacker does it. Returns the PL
-    accuracy, 0..1, as `value`, and the mean cosine of the attacker's chunk gradients at its step 0. Of one seed every
-    model gets the same head, batches and schedule."""
+    """Stage 4: a new head on the scrubbed backbone, trained on a piggyback task as the attacker does it.
+    Returns the PL accuracy, 0..1, as `value`, and the `mean_cosine` of the attacker's chunk gradients at its
+    step 0. Of one seed every model gets the same head, batches and schedule."""
     generator = torch.Generator(task.x.device).manual_seed(stream(seed, "attack"))
-    head = new_head(backbone.features, task.classes, generator, task.x.device)
-    model, data = Model(copy.deepcopy(backbone), head, schedule.mixed), task
+    head, data = new_head(backbone.features, task.classes, generator, task.x.device), task
+    model = Model(copy.deepcopy(backbone), head, schedule.mixed)
     with torch.no_grad():
-        for p in model.backbone.parameters() if attacker.noise else ():
-            if p.dim() > 1:
+        for p in model.backbone.parameters():
+            if attacker.noise and p.dim() > 1:
                 p.add_(torch.randn(p.shape, generator=generator, device=p.device) * p.std() * attacker.noise)
     if attacker.per_class:
         kept = [torch.nonzero(task.y == c).flatten()[: attacker.per_class] for c in range(task.classes)]
@@ -901,18 +911,18 @@ def piggyback(backbone: ResNet, task: Task, attacker: "Attacker", schedule: Sche
 
 def chunk_statistics(model: Model, x: Tensor, y: Tensor, chunks: int = 4) -> dict[str, float]:
     """Of the gradients of cross entropy on `chunks` parts of a batch: x (B, 3, H, W), y (B,)."""
-    parts = zip(*(t.tensor_split(max(1, min(chunks, len(x) // 2))) for t in (x, y)))
+    chunks, params = max(1, min(chunks, len(x) // 2)), list(model.parameters())
     with running_statistics_kept(model):
-        stats = gradient_stats([torch.autograd.grad(F.cross_entropy(model(part), labels), [*model.parameters()])
-                                for part, labels in parts])
+        stats = gradient_stats([torch.autograd.grad(F.cross_entropy(model(part), labels), params)
+                                for part, labels in zip(x.tensor_split(chunks), y.tensor_split(chunks))])
     return {"mean_cosine": stats.mean_cosine, "collision_rate": stats.collision_rate}
 
 
-# ------------------------------------------ Disposal methods and attackers ------------------------------------------
-# A forget loss sees the student's logits (B, source classes) on source images through the pretrained source head
-# (frozen: a head that could be trained would do the forgetting itself), their labels (B,), and how to get the logits
-# of the transferred model and of a random one. OUR READING of each rival is its function here; the GC loss goes
-# through a head of its own.
+# ------------------------------- Disposal methods and attackers -------------------------------
+# A forget loss sees the student's logits (B, source classes) on source images through the pretrained source
+# head (frozen: a head that could be trained would do the forgetting itself), their labels (B,), and how to
+# get the logits of the transferred model and of a random one. OUR READING of each rival is its function here;
+# the GC loss goes through a head of its own.
 
 
 def gradient_collision(backbone: ResNet, head: nn.Linear, x: Tensor, y: Tensor, similarity: str, chunks: int,
@@ -925,13 +935,13 @@ def gradient_collision(backbone: ResNet, head: nn.Linear, x: Tensor, y: Tensor, 
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Hinton et al.: T^2 * KL(teacher || student) of logits (B, classes) at temperature T; the mean over the batch."""
+    """Hinton et al.: T^2 * KL(teacher || student) of logits (B, classes) at temperature T, mean over B."""
     teacher, student = (F.log_softmax(logits / temperature, 1) for logits in (teacher, student))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 def negative_gradient(logits, labels, transferred, stranger, generator) -> Tensor:
-    """Gradient ascent; an image whose loss has reached that of guessing counts no more, or it would run away."""
+    """Ascent; an image whose loss has reached that of guessing counts no more, or it would run away."""
     return -F.cross_entropy(logits, labels, reduction="none").clamp(max=math.log(logits.shape[1])).mean()
 
 
@@ -953,7 +963,8 @@ def bad_teacher(logits, labels, transferred, stranger, generator) -> Tensor:
 def scrub(logits, labels, transferred, stranger, generator) -> Tensor:
     """Kurmanji et al. 2023: away from the transferred model's answers, bounded like the negative gradient."""
     before, now = F.log_softmax(transferred(), 1), F.log_softmax(logits, 1)
-    return -F.kl_div(now, before, reduction="none", log_target=True).sum(1).clamp(max=math.log(logits.shape[1])).mean()
+    divergence = F.kl_div(now, before, reduction="none", log_target=True).sum(1)
+    return -divergence.clamp(max=math.log(logits.shape[1])).mean()
 
 
 @dataclass(frozen=True)
@@ -974,13 +985,13 @@ METHODS = {
     "distill-fresh": Method(fresh=True),
     "gc-fresh": Method(gradient_collision, 30.0, fresh=True),
 }
-TOY_METHODS = ("finetune", "uniform", "gc", "gc-fresh")  # of the presets demo and own; --methods all for the rest
+TOY_METHODS = ("finetune", "uniform", "gc", "gc-fresh")  # of the presets demo and own, unless --methods all
 
 
 @dataclass(frozen=True)
 class Attacker:
-    """One way of piggyback learning. BatchNorm is in training mode in all of them, so its statistics are re-estimated
-    on the attacker's images, also where the head alone is trained."""
+    """One way of piggyback learning. BatchNorm is in training mode in all of them, so that its statistics are
+    re-estimated on the attacker's images, also where the head alone is trained."""
 
     lr: float = 0.05  # peak learning rate
     times: int = 1  # as many steps as --attack-steps
@@ -1004,7 +1015,7 @@ ATTACKERS = {
 }
 SMALL = ("fixed", "long", "adamw", "noise", "few")
 
-# ------------------------------------------ Files and progress ------------------------------------------
+# ---------------------------------------- Files and progress ----------------------------------------
 # What is on disk is whole, and checked when it is read.
 
 SAVE_EVERY = 30.0  # seconds between saves within a stage
@@ -1020,31 +1031,37 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk, a missing permission: one line."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise DTLError(f"cannot write {path}: {error.strerror}; then the same command again") from None
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """All of `data` at `path`, or what was there before."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise DTLError(f"cannot write {path}: {error.strerror}; mend that and run the same command again") from None
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def append(path: Path, record: dict) -> None:
     """One JSON line, written in one piece; after a line that a crash cut short, on a line of its own."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        with path.open("ab", buffering=0) as file:
-            file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
-    except OSError as error:
-        raise DTLError(f"cannot write {path}: {error.strerror}; mend that and run the same command again") from None
+    with writing(path), path.open("ab+", buffering=0) as file:
+        file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
 def save(path: Path, key: str, state: dict) -> None:
@@ -1059,6 +1076,7 @@ def load(path: Path, key: str, device: torch.device) -> dict | None:
         data = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(data) as archive:  # torch.save writes a zip file, with a checksum of each tensor
             damaged = archive.testzip()
+        data.seek(0)
         state = None if damaged else torch.load(data, map_location=device, weights_only=True)
         if state and state["key"] == key:
             return state
@@ -1072,11 +1090,10 @@ def load(path: Path, key: str, device: torch.device) -> dict | None:
 
 
 class Results(dict):
-    """OUT/results.jsonl, a line a measurement, by its `key`: the digest of all that it depends on. Each line has its
-    own digest; one that does not fit is passed over, told of, and measured anew."""
+    """OUT/results.jsonl, a line a measurement, by its `key`, the digest of all that it depends on. Each line
+    has its own digest, too; one that does not fit is passed over, told of, and measured anew."""
 
     def __init__(self, out: Path) -> None:
-        super().__init__()
         self.path, unfit = out / "results.jsonl", 0
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:
@@ -1087,7 +1104,7 @@ class Results(dict):
             except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
                 unfit += 1
         if unfit:
-            click.echo(f"warning: {self.path}: {unfit} lines are damaged, or not of this program: passed over", err=True)
+            click.echo(f"warning: {self.path}: passed over {unfit} damaged or foreign lines", err=True)
 
     def add(self, record: dict) -> None:
         append(self.path, record | {"digest": digest(record)[:8]})
@@ -1097,37 +1114,35 @@ class Results(dict):
 @functools.cache
 def git_revision() -> str:
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
-                              timeout=10, capture_output=True, check=True).stdout.strip()
+        return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                                       text=True, timeout=10, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
 class Progress:
-    """Where a run is: a line on the terminal that is drawn over, else one every 20 seconds; the log; saves on the way."""
+    """Where a run is: on a terminal a line that is drawn over, else one every 20 seconds; the log; saves."""
 
-    def __init__(self, out: Path | None = None, device: torch.device = torch.device("cpu"), quiet: bool = True) -> None:
-        self.out, self.device, self.quiet, self.terminal = out, device, quiet, sys.stderr.isatty() and not quiet
-        self.name, self.path, self.key, self.cost, self.number, self.done, self.costs = "stage", None, "", 0.0, 0, 0.0, []
-        self.began = self.printed = time.monotonic()
+    def __init__(self, out: Path | None = None, device: str | torch.device = "cpu", quiet: bool = True):
+        self.out, self.device, self.quiet = out, torch.device(device), quiet
+        self.costs: list[float] = []  # of the stages to come, in plain steps, about
+        self.number, self.done, self.began, self.printed = 0, 0.0, time.monotonic(), time.monotonic()
+        self.terminal = sys.stderr.isatty() and not quiet
+        self.begin("stage")
+
+    def begin(self, name: str, cost: float = 0.0, path: Path | None = None, key: str = "") -> None:
+        """The next stage, and where its saves go."""
+        self.name, self.cost, self.path, self.key = name, cost, path, key
+        self.stage_began = self.saved = time.monotonic()
+        self.step = self.steps = self.saved_step = 0
+
+    def end(self) -> None:
+        self.number, self.done = self.number + 1, self.done + self.cost
 
     def say(self, text: str) -> None:
         if not self.quiet:
             click.echo("\r\033[K" * self.terminal, err=True, nl=False)
             click.echo(text)
-
-    @contextlib.contextmanager
-    def stage(self, name: str, cost: float = 0.0, path: Path | None = None, key: str = "") -> Iterator[None]:
-        """cost: about how many plain steps it takes; `costs` has those of all stages to come."""
-        self.name, self.path, self.key, self.cost, self.number = name, path, key, cost, self.number + 1
-        self.stage_began = self.saved = time.monotonic()
-        self.step = self.steps = self.saved_step = 0
-        try:
-            yield
-        except KeyboardInterrupt:
-            kept = f"saved up to step {self.saved_step}" if self.saved_step else "nothing of this stage saved yet"
-            raise KeyboardInterrupt(f"{name} was at step {self.step} of {self.steps}, {kept}") from None
-        self.done += cost
 
     def resume(self) -> dict | None:
         """What an earlier run has saved of this stage."""
@@ -1139,27 +1154,33 @@ class Progress:
         self.step, self.steps, now = step, steps, time.monotonic()
         if now - self.printed > (0.5 if self.terminal else 20):
             self.printed, done = now, self.done + self.cost * step / steps
-            left = f", about {(now - self.began) * (sum(self.costs) / done - 1) / 60:.0f} min left" if done else ""
-            line = f"stage {self.number} of {len(self.costs)}{left}: {self.name}, step {step} of {steps}"
+            left = (now - self.began) * (sum(self.costs) / done - 1) / 60 if done else math.inf
+            line = f"stage {self.number + 1} of {len(self.costs)}, about {left:.0f} min left: {self.name}, "
+            line += f"step {step} of {steps}"
             click.echo(f"\r{line:.78}\033[K", err=True, nl=False) if self.terminal else self.say(line)
 
     def fetched(self, step: int, steps: int, terms: dict[str, float], state: Callable[[], dict]) -> None:
         """All up to this step is finite: log it, and save what there is now and then."""
-        seconds = time.monotonic() - self.stage_began
+        seconds = round(time.monotonic() - self.stage_began, 2)
         if self.out:
-            append(self.out / "log.jsonl", dict(stage=self.name, step=step, steps=steps, seconds=round(seconds, 2), **terms))
+            row = dict(stage=self.name, step=step, steps=steps, seconds=seconds)
+            append(self.out / "log.jsonl", row | terms)
         if self.path and step < steps and time.monotonic() - self.saved >= SAVE_EVERY:
             save(self.path, self.key, state() | {"step": step})
             self.saved, self.saved_step = time.monotonic(), step
         if step == steps:
             self.say(f"{self.name}: {steps} steps in {seconds:.1f} s, {show(terms)}")
 
+    def interrupted(self) -> str:
+        kept = f"saved up to step {self.saved_step}" if self.saved_step else "nothing of it saved yet"
+        return f"{self.name} was at step {self.step} of {self.steps}, {kept}"
+
 
 def show(terms: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
 
 
-# ------------------------------------------ Models by name, numbers by key ------------------------------------------
+# ------------------------------- Models by name, numbers by key -------------------------------
 
 RECIPE = 2  # raised when a change of the code changes what a stage computes: older files then no longer fit
 PIGGYBACK_TASKS, REFERENCES = ("source-subset", "downstream"), ("scratch", "random", "oracle", "transferred")
@@ -1168,27 +1189,31 @@ PIGGYBACK_TASKS, REFERENCES = ("source-subset", "downstream"), ("scratch", "rand
 class Run:
     """One seed of one config: every model by its name, every number by its key, made once and kept."""
 
-    def __init__(self, config: Config, seed: int, data_dir: Path, progress: Progress, results: Results) -> None:
-        self.config, self.seed, self.data_dir, self.progress, self.results = config, seed, data_dir, progress, results
-        self.device, self.mixed = progress.device, config.precision == "auto" and progress.device.type == "cuda"
+    def __init__(self, config: Config, seed: int, data_dir: Path, progress: Progress, results: Results):
+        self.config, self.seed, self.data_dir, self.results = config, seed, data_dir, results
+        self.progress, self.device = progress, progress.device
+        self.mixed = config.precision == "auto" and self.device.type == "cuda"
         self.tasks = {name: self.task(name) for name in ("source", "target", *PIGGYBACK_TASKS, "oracle")}
-        self.has_oracle, count = len(self.task("oracle").y) > len(self.task("target").y), len(self.task("source").y)
-        if len(sizes := {task.x.shape[2:] for task in self.tasks.values()}) > 1:
-            raise DTLError(f"the tasks' images differ in size ({sizes}): give --image-size N to bring them to one")
-        if len(self.task("source-subset").y) > count or config.chunks * config.chunk_size > count:
-            raise DTLError(f"the source task's {count} images are fewer than --subset-per-class {config.subset_per_class} or "
-                           f"--chunks {config.chunks} of --chunk-size {config.chunk_size} ask for")
+        count = {name: len(task.y) for name, task in self.tasks.items()}
+        self.has_oracle = count["oracle"] > count["target"]
+        if len(sizes := {tuple(task.x.shape[2:]) for task in self.tasks.values()}) > 1:
+            raise DTLError(f"the tasks' images differ in size, {sizes}: --image-size N brings them to one")
+        if max(count["source-subset"], config.chunks * config.chunk_size) > count["source"]:
+            raise DTLError(f"the source task's {count['source']} images are fewer than --subset-per-class "
+                           f"{config.subset_per_class}, or --chunks {config.chunks} of --chunk-size "
+                           f"{config.chunk_size}, ask for")
         self.config = replace(config, **{
-            name: max(least, epochs * (len(self.task(task).y) // config.batch_size))
+            name: max(least, epochs * (count[task] // config.batch_size))
             for name, (task, epochs, least) in EPOCHS.items() if getattr(config, name) == 0})
 
     @functools.cache
     def task(self, name: str) -> Task:
         """`source`, `target`, `source-subset`, `downstream`, or `oracle`: more images of the target."""
-        c, known = self.config, {"source-subset": ("subset-per-class", "source"), "oracle": ("oracle-per-class", "target")}
-        option, whole = known.get(name, (name, name))
-        spec, count = getattr(c, whole), 0 if option == name else getattr(c, option.replace("-", "_"))
-        spec = spec if option == name else spec.split("@")[0] + f"@{count}" * bool(count)
+        c, subset, more = self.config, self.config.subset_per_class, self.config.oracle_per_class
+        option, spec = {
+            "source-subset": ("subset-per-class", f"{c.source.split('@')[0]}@{subset}"),
+            "oracle": ("oracle-per-class", c.target.split("@")[0] + f"@{more}" * bool(more)),
+        }.get(name) or (name, getattr(c, name))
         try:
             return load_task(spec, self.seed, self.data_dir, self.device, c.split, c.image_size)
         except DTLError as error:
@@ -1199,60 +1224,69 @@ class Run:
 
     def recipe(self, name: str) -> tuple[list, float, Callable[[], Model]]:
         """(what a model depends on, about how many plain steps it takes, how to make it)."""
-        c, seed, progress = self.config, self.seed, self.progress
+        c, seed, progress, task = self.config, self.seed, self.progress, self.task
         if name == "random":
             return [c.network], 0, lambda: Model(new_backbone(c.network, stream(seed, name), self.device),
                                                  new_head(1, 2, 0, self.device))
         if name in ("pretrained", "scratch", "oracle"):
-            task = self.task({"pretrained": "source", "scratch": "target"}.get(name, name))
-            group, schedule = (STAGE1, self.schedule(c.pretrain_steps, c.pretrain_lr)) if name == "pretrained" else (
-                FRESH, self.schedule(c.fresh_steps, c.fresh_lr))
-            return [c.part(TRAINING, group), task.fingerprint], schedule.steps, lambda: pretrain(
-                task, c.network, schedule, stream(seed, group), progress)
+            data = task({"pretrained": "source", "scratch": "target"}.get(name, name))
+            group, *how = (STAGE1, c.pretrain_steps, c.pretrain_lr) if name == "pretrained" else (
+                FRESH, c.fresh_steps, c.fresh_lr)
+            return [c.part(TRAINING, group), data.fingerprint], how[0], lambda: pretrain(
+                data, c.network, self.schedule(*how), stream(seed, group), progress)
         if name == "transferred":
-            task, schedule = self.task("target"), self.schedule(c.transfer_steps, c.transfer_lr)
-            return [self.key("pretrained"), c.part(STAGE2), task.fingerprint], schedule.steps, lambda: transfer(
-                self.model("pretrained"), task, schedule, stream(seed, STAGE2), progress)
-        method = METHODS[name.removeprefix("disposed:")]
-        schedule = self.schedule(*((c.fresh_steps, c.fresh_lr) if method.fresh else (c.dispose_steps, c.dispose_lr)))
-        options = dict(weight=c.weight_of().get(name.removeprefix("disposed:"), method.weight), similarity=c.similarity,
-                       gc_head=c.gc_head, chunks=c.chunks, chunk_size=c.chunk_size)
-        plain = 1.5 * method.fresh + (5 if method.forget is gradient_collision else 1.5 * bool(method.forget))
-        cost = schedule.steps * (1.3 + plain * c.chunks * c.chunk_size / c.batch_size)
-        return [self.key("transferred"), asdict(schedule), options], cost, lambda: dispose(
-            self.model("transferred"), self.model("pretrained").head, self.task("source"), self.task("target"), method,
-            schedule, stream(seed, STAGE3), progress, network=c.network, **options)
+            depends = [self.key("pretrained"), c.part(STAGE2), task("target").fingerprint]
+            return depends, c.transfer_steps, lambda: transfer(
+                self.model("pretrained"), task("target"), self.schedule(c.transfer_steps, c.transfer_lr),
+                stream(seed, STAGE2), progress)
+        method = METHODS[short := name.removeprefix("disposed:")]
+        how = (c.fresh_steps, c.fresh_lr) if method.fresh else (c.dispose_steps, c.dispose_lr)
+        how, weight = self.schedule(*how), c.weight_of().get(short, method.weight)
+        options = dict(similarity=c.similarity, gc_head=c.gc_head, chunks=c.chunks, chunk_size=c.chunk_size)
+        cost = 1.5 * method.fresh + (5 if method.forget is gradient_collision else 1.5 * bool(method.forget))
+        cost = how.steps * (1.3 + cost * c.chunks * c.chunk_size / c.batch_size)
+        return [self.key("transferred"), asdict(how), weight, options], cost, lambda: dispose(
+            self.model("transferred"), self.model("pretrained").head, task("source"), task("target"), method,
+            how, stream(seed, STAGE3), progress, network=c.network, weight=weight, **options)
 
     @functools.cache
     def key(self, *names: Any) -> str:
         """The digest of everything configured up to a model, or to a number."""
         depends = self.recipe(*names)[0] if len(names) == 1 else []
-        return digest([RECIPE, torch.__version__, self.device.type, self.mixed, self.seed, *names, *depends])[:16]
+        machine = [RECIPE, torch.__version__, self.device.type, self.mixed]
+        return digest([*machine, self.seed, *names, *depends])[:16]
 
     def path(self, name: str) -> Path:
-        return self.results.path.parent / "checkpoints" / f"{name.replace(':', '-')}-seed{self.seed}-{self.key(name)}.pt"
+        file = f"{name.replace(':', '-')}-seed{self.seed}-{self.key(name)}.pt"
+        return self.results.path.parent / "checkpoints" / file
 
     @functools.lru_cache(maxsize=16)
     def model(self, name: str) -> Model:
-        """`random`, `pretrained`, `scratch`, `oracle`, `transferred`, `disposed:METHOD`: loaded, or made and saved."""
-        path, key, (_, cost, make) = self.path(name), self.key(name), self.recipe(name)
-        state = load(path, key, self.device)
+        """`random`, `pretrained`, `scratch`, `oracle`, `transferred`, `disposed:METHOD`: loaded or made."""
+        path, (_, cost, make) = self.path(name), self.recipe(name)
+        part = path.with_suffix(".part.pt")
+        state = load(path, self.key(name), self.device)
         if state is None:
-            with self.progress.stage(f"seed {self.seed} {name}", cost, path.with_suffix(".part.pt"), key):
-                made = make()
+            if name.startswith("disposed"):
+                self.model("transferred")  # a stage of its own
+            self.progress.begin(f"seed {self.seed} {name}", cost, part, self.key(name))
+            made = make()
+            self.progress.end()
             state = {"backbone": made.backbone.state_dict(), "head": made.head.state_dict()}
-            save(path, key, state)
-            path.with_suffix(".part.pt").unlink(missing_ok=True)
+            save(path, self.key(name), state)
+            part.unlink(missing_ok=True)
         classes, features = state["head"]["weight"].shape
-        model = Model(new_backbone(self.config.network, 0, self.device), new_head(features, classes, 0, self.device), self.mixed)
+        model = Model(new_backbone(self.config.network, 0, self.device),
+                      new_head(features, classes, 0, self.device), self.mixed)
         model.backbone.load_state_dict(state["backbone"])
         model.head.load_state_dict(state["head"])
         return model.eval()
 
     def number(self, model: str, metric: str, task: str | None = None, attacker: str | None = None,
                attacker_seed: int | None = None) -> tuple[dict, float, Callable[[], dict]]:
-        """(the line of results.jsonl but for its value, about how many plain steps it takes, how to measure it)."""
-        record, data = dict(seed=self.seed, model=model, metric=metric, task=task), self.task(task or metric.split("_")[0])
+        """(the line of results.jsonl but for its value, how many plain steps it takes, how to measure it)."""
+        data, record = self.task(task or metric.split("_")[0]), dict(seed=self.seed, model=model)
+        record |= dict(metric=metric, task=task, attacker=attacker, attacker_seed=attacker_seed)
         if attacker is None:
             key = self.key(metric, self.key(model), data.fingerprint)
             return record | {"key": key}, 0, lambda: {"value": accuracy(self.model(model), data)}
@@ -1262,10 +1296,12 @@ class Run:
 
         def measure() -> dict:
             backbone = self.model(model).backbone
-            with self.progress.stage(f"seed {self.seed} {model} {task} {attacker}", schedule.steps):
-                return piggyback(backbone, data, how, schedule, seed, self.progress)
+            self.progress.begin(f"seed {self.seed} {model} {task} {attacker}", schedule.steps)
+            reached = piggyback(backbone, data, how, schedule, seed, self.progress)
+            self.progress.end()
+            return reached
 
-        return record | dict(attacker=attacker, attacker_seed=attacker_seed, key=key), schedule.steps, measure
+        return record | {"key": key}, schedule.steps, measure
 
     def measure(self, *which: Any) -> dict:
         """A line of results.jsonl, found by its key or made now. which: as in `number`."""
@@ -1278,38 +1314,43 @@ class Run:
             self.progress.say(f"seed {self.seed} {' '.join(map(str, which))}: {100 * record['value']:.1f} %")
         return self.results[record["key"]]
 
+# ---------------------------------------- The report ----------------------------------------
+# Rows are models, columns what was measured; report.md, its closing words and the picture come from the same
+# rows.
 
-# ------------------------------------------ The report ------------------------------------------
-# Rows are models, columns what was measured; report.md, its closing words and the picture are made of the same rows.
-
-Interval = tuple[float, float, float]  # value, and the 95% bootstrap interval over seeds: of one seed the value again
+Interval = tuple[float, float, float]  # value, and its 95% bootstrap interval over seeds
 
 
 class Rows:
-    """What was measured. values: (model, metric, task, attacker or "worst") -> (seeds,), means over attacker seeds."""
+    """What was measured. values: (model, metric, task, attacker or "worst") -> (seeds,), means over attacker
+    seeds."""
 
     def __init__(self, records: Sequence[dict], models: Sequence[str]) -> None:
         found: dict[tuple, dict[int, list]] = {}
         for r in records:
-            which = r["model"], r["metric"], r["task"], r.get("attacker")
-            found.setdefault(which, {}).setdefault(r["seed"], []).append([r["value"], r.get("mean_cosine", 0.0)])
-        pairs = {which: np.array([np.mean(v, 0) for _, v in sorted(seeds.items())]) for which, seeds in found.items()}
-        self.values, self.cosines = {k: v[:, 0] for k, v in pairs.items()}, {k: v[:, 1].mean() for k, v in pairs.items()}
-        self.attackers = [a for a in ATTACKERS if any(attacker == a for *_, attacker in pairs)]
-        self.models = [m for m in models if (m, "pl_accuracy", "downstream", self.attackers[0]) in pairs]
-        for key in [(m, "pl_accuracy", t) for m in self.models for t in PIGGYBACK_TASKS]:
-            self.values[(*key, "worst")] = max((self.values[(*key, a)] for a in self.attackers), key=np.mean)
+            of_seed = found.setdefault((r["model"], r["metric"], r["task"], r["attacker"]), {})
+            of_seed.setdefault(r["seed"], []).append([r["value"], r.get("mean_cosine", 0.0)])
+        pairs = {k: np.array([np.mean(v, 0) for _, v in sorted(seeds.items())]) for k, seeds in found.items()}
+        self.values = {k: pair[:, 0] for k, pair in pairs.items()}
+        self.cosines = {k: pair[:, 1].mean() for k, pair in pairs.items()}
+        self.attackers = [a for a in ATTACKERS if any(k[3] == a for k in pairs)]
+        self.models = [m for m in models if any(k[0] == m and k[3] for k in pairs)]
+        for model in self.models:  # the worst case: the attacker that reaches most on test images
+            for task in PIGGYBACK_TASKS:
+                tried = [self.values[model, "pl_accuracy", task, attacker] for attacker in self.attackers]
+                self.values[model, "pl_accuracy", task, "worst"] = max(tried, key=np.mean)
 
-    def get(self, what: str, model: str, task: str | None = None, attacker: str | None = None) -> Interval | None:
-        """`target` accuracy, its `change` by disposal; `pl` accuracy, its `points` above oracle, and the `leak`: 0 as
-        oracle, which never saw the source, 1 as transferred; a ratio of means over seeds."""
-        models = {"change": [model, "transferred"], "points": [model, "oracle"], "leak": [model, "transferred", "oracle"]}
+    def get(self, what: str, model: str, task: str = None, attacker: str = None) -> Interval | None:
+        """`target` accuracy, its `change` by disposal; `pl` accuracy, its `points` above oracle, and the
+        `leak`: 0 as oracle, which never saw the source, 1 as transferred; a ratio of means over seeds."""
+        against = {"change": ["transferred"], "points": ["oracle"], "leak": ["transferred", "oracle"]}
+        against = against.get(what, [])
         columns = [self.values.get((m, "pl_accuracy" if task else "target_accuracy", task, attacker))
-                   for m in models.get(what, [model])]
+                   for m in (model, *against)]
         if any(c is None for c in columns) or what == "leak" and self.why_no_leak(task, attacker):
             return None
-        statistic = (lambda a: a, np.subtract, lambda pl, top, zero: (pl - zero) / (top - zero))[len(columns) - 1]
-        drawn = np.random.default_rng(0).integers(0, len(columns[0]), (10000, len(columns[0])))  # seeds, with all of theirs
+        statistic = (lambda a: a, np.subtract, lambda pl, top, zero: (pl - zero) / (top - zero))[len(against)]
+        drawn = np.random.default_rng(0).integers(0, len(columns[0]), (10000, len(columns[0])))  # whole seeds
         interval = np.percentile(statistic(*(c[drawn].mean(1) for c in columns)), (2.5, 97.5))
         return statistic(*(c.mean() for c in columns)), *interval
 
@@ -1317,54 +1358,59 @@ class Rows:
         """Nothing, or why the ratio would say nothing."""
         top, zero = (self.values.get((m, "pl_accuracy", task, attacker)) for m in ("transferred", "oracle"))
         if top is None or zero is None:
-            return ("no leak: there is no oracle, since all target images are in use; a target task of fewer images a class, "
-                    "as in b.npz@20, leaves some for it")
-        gap = top - zero
-        least = max(0.03, 2 * gap.std(ddof=1) / len(gap) ** 0.5 if len(gap) > 1 else 0)
+            return ("no leak: there is no oracle, since all target images are in use; a target task of fewer "
+                    "images a class, as in b.npz@20, leaves some for it")
+        gap, least = 100 * (top - zero), 3.0
+        least = max(least, 2 * gap.std(ddof=1) / len(gap) ** 0.5) if len(gap) > 1 else least
         return "" if gap.mean() >= least else (
-            f"no leak on {task}: transferred stands {100 * gap.mean():.1f} points above oracle, and a ratio needs "
-            f"{100 * least:.1f}; more source data, a longer stage 1 or more seeds may help")
+            f"no leak on {task}: transferred is {gap.mean():.1f} points above oracle, not {least:.1f} or more; "
+            "more source data, a longer stage 1 or more seeds may help")
 
 
-def cell(found: Interval | None, scale: float = 100, style: str = ".1f", interval: bool = True) -> str:
+def cell(found: Interval | None, style: str = ".1f", scale: float = 100) -> str:
+    """48.5, or with an interval 48.5 (46.1, 50.9)."""
     if found is None:
         return "-"
-    low, high = (f"{scale * f:{style}}" for f in found[1:])
-    return f"{scale * found[0]:{style}}" + (f" ({low}, {high})" if interval and low != high else "")
+    value, low, high = (f"{scale * f:{style}}" for f in found)
+    return value if low == high else f"{value} ({low}, {high})"
 
 
 def tables(rows: Rows) -> list[str]:
     """Markdown: one table a piggyback task; of several attackers, their PL accuracies, too."""
-    lines, several = [], len(rows.attackers) > 1
-    kinds = {"worst": "worst ", **({"fixed": "fixed "} if "fixed" in rows.attackers else {})} if several else {"worst": ""}
+    lines, kinds = [], ["worst"] + ["fixed"] * ("fixed" in rows.attackers and len(rows.attackers) > 1)
+    names = [f"{kind} " * (len(rows.attackers) > 1) for kind in kinds]
     for task in PIGGYBACK_TASKS:
-        table = [[task, "target %", "change", *(name + c for name in kinds.values() for c in ("PL %", "leak")), "cosine"]]
-        others = [[f"PL %, {task}", *rows.attackers]]
+        head = [task, "target %", "change", *(n + c for n in names for c in ("PL %", "leak")), "cosine"]
+        table, others = [head], [[f"PL %, {task}", *rows.attackers]]
         for m in rows.models:
-            pl = [[f"{cell(rows.get('pl', m, task, k), interval=False)} {cell(rows.get('points', m, task, k), style='+.1f', interval=False)}",
-                   cell(rows.get("leak", m, task, k), 1, ".2f")] for k in kinds]
-            cosine = rows.cosines[m, "pl_accuracy", task, rows.attackers[0]]
-            table.append([m.removeprefix("disposed:"), cell(rows.get("target", m), interval=False),
-                          cell(rows.get("change", m), style="+.1f"), *sum(pl, []), f"{cosine:+.2f}"])
-            others.append([table[-1][0], *(cell(rows.get("pl", m, task, a), interval=False) for a in rows.attackers)])
-        for cells in (table, others)[: 1 + several]:
+            row = [m.removeprefix("disposed:"), cell(rows.get("target", m)).split()[0],
+                   cell(rows.get("change", m), "+.1f").split()[0]]
+            others.append([row[0], *(cell(rows.get("pl", m, task, a)).split()[0] for a in rows.attackers)])
+            for kind in kinds:
+                points = cell(rows.get("points", m, task, kind), "+.1f").split()[0].strip("-")
+                row += [f"{cell(rows.get('pl', m, task, kind)).split()[0]} {points}".strip(),
+                        cell(rows.get("leak", m, task, kind), ".2f", 1)]
+            table.append([*row, f"{rows.cosines[m, 'pl_accuracy', task, rows.attackers[0]]:+.2f}"])
+        for cells in (table, others)[: 1 + (len(rows.attackers) > 1)]:
             widths = [max(map(len, column)) for column in zip(*cells)]
             cells.insert(1, ["-" * width for width in widths])
-            lines += ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells] + [""]
+            lines += ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells] + [""]
     return lines
 
 
 def in_words(rows: Rows) -> list[str]:
     """What was seen, with its numbers."""
-    lines = list(filter(None, (rows.why_no_leak(task) for task in PIGGYBACK_TASKS)))
+    lines = list(dict.fromkeys(filter(None, map(rows.why_no_leak, PIGGYBACK_TASKS))))
     for m in rows.models:
         if METHODS.get(m.removeprefix("disposed:"), Method()).forget is gradient_collision:
-            said = [f"{data}: an attacker reaches {cell(rows.get('pl', m, task, 'worst'))}%, without disposal "
-                    f"{cell(rows.get('pl', 'transferred', task, 'worst'))}%, had the source never been seen "
-                    f"{cell(rows.get('pl', 'oracle', task, 'worst'))}%, a leak of {cell(rows.get('leak', m, task, 'worst'), 1, '.2f')}"
-                    for task, data in zip(PIGGYBACK_TASKS, ("source data", "new data"))]
-            lines.append(f"In words: {m.removeprefix('disposed:')} keeps {cell(rows.get('target', m))}% on the target task "
-                         f"({cell(rows.get('change', m), style='+.1f')} points). {'; '.join(said)}.")
+            said = f"In words: {m.removeprefix('disposed:')} keeps {cell(rows.get('target', m))}%"
+            said += f" on the target task ({cell(rows.get('change', m), '+.1f')} points)."
+            for task, data in zip(PIGGYBACK_TASKS, ("source data", "new data")):
+                pl, top, zero = (cell(rows.get("pl", x, task, "worst")) for x in (m, "transferred", "oracle"))
+                leak = cell(rows.get("leak", m, task, "worst"), ".2f", 1)
+                said += f" On {data} an attacker reaches {pl}%, {top}% without disposal, {zero}% had the source"
+                said += " never been seen" + f": a leak of {leak}" * (leak != "-") + "."
+            lines += ["", said]
     return lines
 
 
@@ -1378,8 +1424,10 @@ def picture(path: Path, rows: Rows) -> None:
     from matplotlib import pyplot
 
     shown = [m for m in rows.models if m not in ("random", "oracle")]
-    chart, panels = pyplot.subplots(1, 3, figsize=(10, 1.5 + 0.32 * len(shown)), layout="constrained", sharey=True)
-    kinds = {"worst": ("k", "strongest attacker"), "fixed": ("w", "fixed")} if len(rows.attackers) > 1 else {"worst": ("k", "")}
+    size = (10, 1.5 + 0.32 * len(shown))
+    chart, panels = pyplot.subplots(1, 3, figsize=size, layout="constrained", sharey=True)
+    several = len(rows.attackers) > 1
+    kinds = {"worst": ("k", "strongest"), "fixed": ("w", "fixed")} if several else {"worst": ("k", "")}
     titles = ("target accuracy kept, %", "attacker gets on source data, %", "attacker gets on new data, %")
     for panel, task, title in zip(panels, (None, *PIGGYBACK_TASKS), titles):
         what = "pl" if task else "target"
@@ -1387,19 +1435,18 @@ def picture(path: Path, rows: Rows) -> None:
             level = rows.get(what, model, task, task and "worst")
             if level and (task or model == "transferred"):
                 panel.axvline(100 * level[0], color="0.6", lw=1, ls=style, zorder=0)
-                panel.annotate(words, (100 * level[0], -0.6), ha="center", va="bottom", fontsize=7, color="0.3")
+                panel.annotate(words, (100 * level[0], -0.6), ha="center", va="bottom", fontsize=7)
         for y, model in enumerate(shown):
             for kind, (fill, words) in (kinds if task else {None: ("k", "")}).items():
                 if found := rows.get(what, model, task, kind):
-                    value, low, high = (100 * f for f in found)
-                    panel.plot([low, high], [y, y], color="k", lw=1.2)
+                    value, *interval = (100 * f for f in found)
+                    panel.plot(interval, [y, y], color="k", lw=1.2)
                     panel.plot(value, y, "o", color="k", mfc=fill, ms=6)
                     if model == shown[-1]:
-                        panel.annotate(words, (value, y), (0, -14), textcoords="offset points", ha="center", fontsize=7)
+                        panel.annotate(words, (value, y + 0.7), ha="center", fontsize=7)
         panel.set_title(title, fontsize=9, pad=14)
         panel.set(ylim=(len(shown) - 0.2, -0.6))
         panel.set_yticks(range(len(shown)), [m.removeprefix("disposed:") for m in shown])
-        panel.tick_params(axis="y", length=0)
         panel.spines[["top", "right", "left"]].set_visible(False)
     buffer = io.BytesIO()
     chart.savefig(buffer, format="png", dpi=120)
@@ -1407,97 +1454,102 @@ def picture(path: Path, rows: Rows) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-# ------------------------------------------ The command line ------------------------------------------
+# ---------------------------------------- The command line ----------------------------------------
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun's
 
 
 def find_device(gpu: int | None, precision: str) -> torch.device:
     if gpu is None:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise DTLError(f"--gpu {gpu}: this PyTorch ({torch.__version__}) sees no CUDA device; install a CUDA build and "
-                       "driver, or leave --gpu out to run on the CPU")
+        raise DTLError(f"--gpu {gpu}: this PyTorch ({torch.__version__}) sees no CUDA device; install a CUDA "
+                       "build and driver, or leave --gpu out to run on the CPU")
     gpu += int(os.environ.get("LOCAL_RANK", 0))
     if not 0 <= gpu < torch.cuda.device_count():
-        raise DTLError(f"--gpu {gpu}: the CUDA devices here are numbered 0..{torch.cuda.device_count() - 1}")
+        raise DTLError(f"--gpu {gpu}: the CUDA devices here are 0..{torch.cuda.device_count() - 1}")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, precision == "auto"
     return torch.device("cuda", gpu)
 
 
 def configure(preset: str | None, gpu: int | None, given: dict[str, Any]) -> tuple[str, Config]:
     """The preset that is meant, and its settings, but for those given."""
-    own = any(".npz" in (given[task] or "") for task in ("source", "target", "downstream"))
+    tasks = ("source", "target", "downstream")
+    own = any(".npz" in (given[task] or "") for task in tasks)
     preset = preset or ("own" if own else "demo" if gpu is None else "cifar")
     settings = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
-    settings["weights"] = f"{PRESETS[preset].get('weights', '')},{given['weights'] or ''}"
-    if missing := [f"--{task}" for task in ("source", "target", "downstream") if settings.get(task) == ""]:
-        raise DTLError(f"{', '.join(missing)} missing: one's own data needs all three tasks, as in --source a.npz")
+    settings["weights"] = f"{PRESETS[preset].get('weights', '')},{given['weights'] or ''}".strip(",")
+    if missing := [f"--{task}" for task in tasks if settings.get(task) == ""]:
+        raise DTLError(f"{', '.join(missing)} missing: own data needs all three tasks, as in --source a.npz")
     return preset, Config(**settings)
 
 
-def run(stage: str, preset: str | None, gpu: int | None, seeds: list[int], methods: list[str] | None, attackers: list[str],
+def run(stage: str, preset: str | None, gpu: int | None, seeds: list, methods: list | None, attackers: list,
         attacker_seeds: int, out: Path, data_dir: Path, **given: Any) -> None:
-    """What every command does: make the models it needs, layer by layer, measure them, report. Under torchrun every rank
-    takes its share of each layer, and files are how results travel."""
+    """What every command does: make the models it needs, layer by layer, measure them, report. Under torchrun
+    every rank takes its share of each layer, and files are how results travel."""
     preset, config = configure(preset, gpu, given)
-    device, world, rank = find_device(gpu, config.precision), *(int(os.environ.get(k, d)) for k, d in
-                                                                (("WORLD_SIZE", 1), ("RANK", 0)))
-    if world > 1:
+    progress, results = Progress(out, find_device(gpu, config.precision), quiet=RANK > 0), Results(out)
+    if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    progress, results = Progress(out, device, quiet=rank > 0), Results(out)
-    runs = [Run(config, seed, data_dir, progress, results) for seed in seeds]
+    runs = [Run(config, int(seed), data_dir, progress, results) for seed in seeds]
     config = runs[0].config  # with its steps, where they follow the data
     methods = [f"disposed:{m}" for m in methods or (TOY_METHODS if preset in ("demo", "own") else METHODS)]
+    models = {"pretrain": [], "transfer": ["transferred"], "all": [*REFERENCES, *methods]}
+    attacks = [(task, a, s) for task in PIGGYBACK_TASKS for a in attackers for s in range(attacker_seeds)]
+
+    numbers = [(r, ("pretrained", "source_accuracy")) for r in runs]
+    layers: list[list] = [[], [], [], []]  # each in need of those before: (about how many plain steps, work)
+    for r in runs:
+        for m in ["pretrained", *models.get(stage, ["transferred", *methods])]:
+            if m == "oracle" and not r.has_oracle:
+                continue
+            if not r.path(m).exists():
+                layers[2 if m in methods else m == "transferred"].append((r.recipe(m)[1], r.model, m))
+            numbers += [(r, (m, "target_accuracy"))] * (m not in ("pretrained", "random"))
+            numbers += [(r, (m, "pl_accuracy", *a)) for a in attacks
+                        if m != "pretrained" and stage in ("piggyback", "all")]
+    for r, which in numbers:
+        record, cost, _ = r.number(*which)
+        layers[3] += [(cost, r.measure, *which)] * (record["key"] not in results)
+    layers = [layer[RANK::WORLD] for layer in layers]
+    progress.costs = [cost for layer in layers for cost, *_ in layer if cost]
 
     command, name = "python dtl.py " + " ".join(sys.argv[1:]), f"config {digest(asdict(config))[:10]}"
-    machine = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if gpu is not None else (
-        f"CPU, {torch.get_num_threads()} threads, {platform.machine()}")
-    versions = (f"revision {git_revision()}, Python {platform.python_version()}, torch {torch.__version__}, numpy "
-                f"{np.__version__}, {machine}")
-    progress.say(f"{command}\n{versions}\npreset {preset}, {name}, seeds {seeds}, native routine: {native_routine()[1]}")
+    machine = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}" if gpu is None else (
+        f"{torch.cuda.get_device_name(progress.device)}, CUDA {torch.version.cuda}")
+    versions = (f"revision {git_revision()}, Python {platform.python_version()}, torch {torch.__version__}, "
+                f"numpy {np.__version__}, {machine}")
+    progress.say(f"{command}\n{versions}\npreset {preset}, {name}, seeds {','.join(seeds)}\nnative routine: "
+                 f"{native_routine()[1]}; {len(progress.costs)} stages to come")
     for key, value in asdict(config).items():
         progress.say(f"  {key:<17} {value}")
     for key, task in runs[0].tasks.items():
-        progress.say(f"  {key:<17} {len(task.y)} training, {len(task.y_test)} {config.split} images, {task.classes} classes, "
-                     f"{task.x.shape[2]}x{task.x.shape[3]}")
-    if rank == 0:
-        append(out / "log.jsonl", dict(command=command, versions=versions, seeds=seeds, settings=asdict(config)))
+        progress.say(f"  {key:<17} {len(task.y)} training, {len(task.y_test)} {config.split} images, "
+                     f"{task.classes} classes, {task.x.shape[2]}x{task.x.shape[3]}")
+    if RANK == 0:
+        append(out / "log.jsonl", dict(command=command, versions=versions, settings=asdict(config)))
 
-    models = {"pretrain": [], "transfer": ["transferred"], "all": [*REFERENCES, *methods]}.get(stage, ["transferred", *methods])
-    work: list[list] = [[], [], [], []]  # layers, each in need of those before: (cost, what to do)
-    numbers = [(r, ("pretrained", "source_accuracy")) for r in runs]
-    for r in runs:
-        for m in ["pretrained", *(m for m in models if m != "oracle" or r.has_oracle)]:
-            if not r.path(m).exists():
-                work[2 if m in methods else m == "transferred"].append((r.recipe(m)[1], functools.partial(r.model, m)))
-            if m not in ("pretrained", "random"):
-                numbers.append((r, (m, "target_accuracy")))
-            if m != "pretrained" and stage in ("piggyback", "all"):
-                numbers += [(r, (m, "pl_accuracy", task, a, s)) for task in PIGGYBACK_TASKS for a in attackers
-                            for s in range(attacker_seeds)]
-    for r, which in numbers:
-        record, cost, _ = r.number(*which)
-        work[3] += [] if record["key"] in results else [(cost, functools.partial(r.measure, *which))]
-    work = [layer[rank::world] for layer in work]
-    progress.costs = [cost for layer in work for cost, _ in layer if cost]
-    for layer in work:
-        for _, do in layer:
-            do()
-        if world > 1:
+    for layer in layers:
+        for _, work, *which in layer:
+            work(*which)
+        if WORLD > 1:
             torch.distributed.barrier()
-    if rank > 0 or stage not in ("piggyback", "all"):
+    if RANK > 0 or stage not in ("piggyback", "all"):
         return
-    results.__init__(out) if world > 1 else None  # with what the other ranks have added
+    results.__init__(out) if WORLD > 1 else None  # with what the other ranks have added
     records = [r.measure(*which) for r, which in numbers]
-    rows = Rows(records, [*REFERENCES, *methods])
+    rows, source = Rows(records, [*REFERENCES, *methods]), np.mean([r["value"] for r in records[: len(runs)]])
     text = "\n".join([
         f"Source `{config.source}`, target `{config.target}`, piggyback `source-subset` (the source @"
-        f"{config.subset_per_class}) and `downstream` (`{config.downstream}`); {config.network}; {config.split} images; "
-        f"seeds {', '.join(map(str, seeds))}; pretrained source accuracy {100 * np.mean([r['value'] for r in records[: len(runs)]]):.1f}%.",
-        "", "PL: the accuracy that an attacker reaches, and points above `oracle`, which never saw the source; lower is better. "
-        "Leak: 0 as `oracle`, 1 as `transferred`; below 0 is hard to train, not more forgotten. Cosine: of the attacker's "
-        "chunk gradients at its step 0." + " In brackets: 95% bootstrap intervals over seeds." * (len(seeds) > 1)
-        + f" Worst: each model's strongest of {len(attackers)} attackers; \"resists these\", never \"erased\"." * (len(attackers) > 1),
-        "", *tables(rows), *in_words(rows), "", f"`{command}`, {name}, {versions}.", ""])
+        f"{config.subset_per_class}) and `downstream` (`{config.downstream}`); {config.network}; "
+        f"{config.split} images; seeds {', '.join(seeds)}; accuracy after stage 1 {100 * source:.1f}%.", "",
+        "PL: accuracy that an attacker reaches, and points above `oracle`, which never saw the source; lower "
+        "is better. Leak: 0 as `oracle`, 1 as `transferred`; below 0 is hard to train, not more forgotten. "
+        "Cosine: of the attacker's chunk gradients at step 0."
+        + " In brackets: 95% bootstrap intervals over seeds." * (len(seeds) > 1)
+        + f" Worst: the strongest of {len(attackers)} attackers on each model." * (len(attackers) > 1), "",
+        *tables(rows), *in_words(rows), "", f"`{command}`, {name}, {versions}.", ""])
     write_atomically(out / "report.md", text.encode())
     picture(out / "report.png", rows)
     progress.say(f"\n{text}\nwrote {out / 'report.md'}, {results.path}")
@@ -1508,37 +1560,37 @@ def terse(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        rank = f"rank {RANK}: " * (WORLD > 1)
         try:
             command(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            raise click.ClickException(f"{rank}out of GPU memory, try a smaller --batch-size: {error}".split("\n")[0]) from None
+            raise click.ClickException(f"{rank}out of GPU memory, try a smaller --batch-size: "
+                                       f"{str(error).splitlines()[0]}") from None
         except (DTLError, OSError) as error:
             raise click.ClickException(rank + " ".join(str(error).split())) from None
         except KeyboardInterrupt as interrupt:
-            click.echo(f"\n{rank}interrupted: {interrupt or 'between stages'}; finished stages are saved; the same command goes "
-                       "on from there", err=True)
+            click.echo(f"\n{rank}interrupted: {interrupt or 'between stages'}; finished stages are saved, the "
+                       "same command goes on from there", err=True)
             sys.exit(130)
 
     return wrapped
 
 
-class Listed(click.ParamType):
-    """NAME,NAME,... of what is known, or the name of a set of them; without either, numbers from 0."""
+class Names(click.ParamType):
+    """NAME,NAME,... of what is known, or the name of a set of them; of nothing known, numbers from 0."""
 
-    name = "list"
+    name = "names"
 
     def __init__(self, known: Sequence[str] = (), **sets: Sequence[str]) -> None:
         self.known, self.sets = known, sets
 
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> list:
-        names = [t.strip() for t in value.split(",")]
-        names = list(self.sets.get(value, names)) if isinstance(value, str) else value
-        wrong = [n for n in names if not (n in self.known if self.known else re.fullmatch(r"\d{1,9}", n))]
-        if wrong or len(set(names)) < len(names):
-            self.fail(f"{value[:60]!r}: not a list like {','.join(self.known[:2]) or '0,1,2'}, each once"
-                      + f", of {', '.join([*self.sets, *self.known])}" * bool(self.known))
-        return names if self.known else [int(n) for n in names]
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> list[str]:
+        names = list(self.sets.get(value, value.split(",")))
+        right = [n for n in names if (n in self.known if self.known else re.fullmatch(r"0|[1-9]\d{0,8}", n))]
+        if right != names or len(set(names)) < len(names):
+            known = f" of {', '.join([*self.sets, *self.known])}" * bool(self.known)
+            self.fail(f"{value[:60]!r} is no list like {','.join(self.known[:2]) or '0,1'}{known}, each once")
+        return names
 
 
 class Grouped(click.Command):
@@ -1547,34 +1599,34 @@ class Grouped(click.Command):
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list] = {"The run": []}
         for option in self.get_params(context):
-            group = next((f.metadata["group"] or STAGE3 for f in fields(Config) if f.name == option.name), "The run")
-            groups.setdefault(group, []).append(option.get_help_record(context))
+            group = [f.metadata["group"] or STAGE3 for f in fields(Config) if f.name == option.name]
+            groups.setdefault((group or ["The run"])[0], []).append(option.get_help_record(context))
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)
 
 
 def options(stage: str) -> list[click.Option]:
-    """Those of a command: what a run is, and every field of Config, with the default of the preset of a bare run."""
-    folder = click.Path(path_type=Path)
-    attackers = "small" if stage == "audit" else "fixed"
-    made = [
-        click.Option(["--preset"], type=click.Choice(list(PRESETS)), help="default: demo; cifar with --gpu; own for .npz"),
-        click.Option(["--gpu"], type=int, help="CUDA device; the CPU if left out", metavar="N"),
-        click.Option(["--seeds"], type=Listed(), default="0", help="as in 0,1,2", metavar="N,N,..."),
-        click.Option(["--methods"], type=Listed(list(METHODS), all=list(METHODS)), metavar="NAMES",
-                     help=f"all, or of {','.join(METHODS)}"),
-        click.Option(["--attackers"], type=Listed(list(ATTACKERS), small=SMALL, full=list(ATTACKERS)), default=attackers,
-                     metavar="NAMES", help=f"small, full, or of {','.join(ATTACKERS)}"),
-        click.Option(["--attacker-seeds"], type=click.IntRange(1, 100), default=1, help="seeds of each attacker"),
-        click.Option(["--out"], type=folder, default="runs", envvar="DTL_OUT", help="checkpoints, results, report"),
-        click.Option(["--data-dir"], type=folder, default="data", envvar="DTL_DATA_DIR", help="the CIFAR archives"),
+    """Those of a command: what a run is, and every field of Config with the default of a bare run's
+    preset."""
+    option, folder = functools.partial(click.Option, metavar=""), click.Path(path_type=Path)
+    attackers = Names(list(ATTACKERS), small=SMALL, full=list(ATTACKERS))
+    methods = Names(list(METHODS), all=list(METHODS))
+    return [
+        option(["--preset"], type=click.Choice(list(PRESETS)), help="[demo; cifar with --gpu; own for .npz]"),
+        option(["--gpu"], type=int, help="number of the CUDA device; the CPU if left out"),
+        option(["--seeds"], type=Names(), default="0", help="as in 0,1,2 [0]"),
+        option(["--methods"], type=methods, help=f"all, or of {','.join(METHODS)}"),
+        option(["--attackers"], type=attackers, default="small" if stage == "audit" else "fixed",
+               help=f"small, full, or of {','.join(ATTACKERS)}"),
+        option(["--attacker-seeds"], type=click.IntRange(1, 100), default=1, help="seeds of each [1]"),
+        option(["--out"], type=folder, default="runs", envvar="DTL_OUT", help="of all results [runs]"),
+        option(["--data-dir"], type=folder, default="data", envvar="DTL_DATA_DIR", help="of CIFAR [data]"),
+        *(option(["--" + f.name.replace("_", "-"), f.name],
+                 help=f"{f.metadata['doc']} [{PRESETS['demo'].get(f.name, f.default)}]",
+                 type=click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type)
+          for f in fields(Config)),
     ]
-    for f in fields(Config):
-        default = PRESETS["demo"].get(f.name, f.default)
-        made.append(click.Option(["--" + f.name.replace("_", "-"), f.name], help=f"{f.metadata['doc']} [{default}]",
-                                 metavar="", type=click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type))
-    return made
 
 
 @click.group(context_settings={"max_content_width": 110})
@@ -1584,7 +1636,7 @@ def main() -> None:
 
 
 STAGES = {
-    "all": "All four stages, the references, the report: python dtl.py all --seeds 0,1,2",
+    "all": "All four stages, the references, the report; as in: python dtl.py all --seeds 0,1,2",
     "audit": "The same as all --attackers small: the worst case of five attackers.",
     "pretrain": "Stage 1: train a network on the source task.",
     "transfer": "Stage 2: train its backbone, with a new head, on the target task.",
@@ -1602,7 +1654,7 @@ for _stage, _help in STAGES.items():
 def data_command(data_dir: Path) -> None:
     for name in ARCHIVES:
         _, y, _, y_test = read_archive(name, data_dir)
-        click.echo(f"{name}: {len(y)} training and {len(y_test)} test images in {data_dir / ARCHIVES[name][2]}")
+        click.echo(f"{name}: {len(y)} training, {len(y_test)} test images in {data_dir / ARCHIVES[name][2]}")
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ from click.testing import CliRunner
 from hypothesis import settings
 
 import dtl
-import dtl_data
 
 settings.register_profile("dtl", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("dtl")
 
 TINY = dict(
-    source="shapes[0:4]@8", target="shapes[16:20]@4", downstream="shapes[24:28]@4", subset_per_class=4, image_size=8,
-    network="resnet8", batch_size=8, chunks=2, chunk_size=4, pretrain_steps=6, transfer_steps=4, dispose_steps=4,
-    fresh_steps=4, attack_steps=2,
+    source="shapes[0:3]@8", target="shapes[16:18]@4", downstream="shapes[24:26]@4", subset_per_class=4,
+    oracle_per_class=6, image_size=8, network="resnet8", batch_size=8, chunks=2, chunk_size=4, pretrain_steps=6,
+    transfer_steps=4, dispose_steps=4, fresh_steps=4, attack_steps=2,
 )  # fmt: skip
 TINY_METHODS = ("uniform", "gc", "gc-fresh")  # without, with, and with GC into a fresh backbone
+NOT_REPEATABLE = ("seconds", "revision", "digest")
 
 
 THREADS = torch.get_num_threads()
@@ -58,8 +58,8 @@ def arguments():
 def dtl_command():
     """Run `dtl ARGUMENTS...` here; .code, .output (both streams). Whatever it raises but an exit is a failure."""
 
-    def run(*arguments):
-        result = CliRunner().invoke(dtl.main, [str(a) for a in arguments])
+    def run(*arguments, **how):
+        result = CliRunner().invoke(dtl.main, [str(a) for a in arguments], **how)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         return SimpleNamespace(code=result.exit_code, output=result.output)
@@ -69,22 +69,45 @@ def dtl_command():
 
 @pytest.fixture(scope="session")
 def records():
-    """The lines of OUT/results.jsonl, sorted; with once=True those that a crash made be written twice count once."""
+    """The measurements in OUT/results.jsonl, in the order of their keys, without what differs from run to run."""
 
-    def read(out, once=False, **having):
-        lines = dtl.Results(out).read() if once else map(json.loads, (out / "results.jsonl").read_text().splitlines())
-        return sorted(json.dumps(r, sort_keys=True) for r in lines if having.items() <= r.items())
+    def read(out, **having):
+        lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        lines = [{k: v for k, v in r.items() if k not in NOT_REPEATABLE} for r in lines if having.items() <= r.items()]
+        return sorted(lines, key=lambda r: r["key"])
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """The stages and attacks in OUT/log.jsonl that were trained to their end, in their order."""
+
+    def read(out):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return [r["stage"] for r in rows if "stage" in r and r["step"] == r["steps"]]
 
     return read
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, arguments, dtl_command):
-    """A tiny experiment, all four stages: .out and .output. Read it, or copy it; do not change it."""
+    """A tiny experiment with two attackers of two seeds each: .out and .output. Read it, or copy it; do not change it."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    result = dtl_command(*arguments("all", out))
+    result = dtl_command(*arguments("all", out, attackers="fixed,long", attacker_seeds=2))
     assert result.code == 0, result.output
     return SimpleNamespace(out=out, output=result.output)
+
+
+@pytest.fixture
+def new_run(tmp_path):
+    """new_run(folder, seed, **settings) -> a Run of the tiny experiment, of which nothing is trained yet."""
+
+    def make(folder="out", seed=0, progress=dtl.Progress, **given):
+        out = tmp_path / folder
+        return dtl.Run(dtl.Config(**TINY | given), seed, tmp_path / "data", progress(out), dtl.Results(out))
+
+    return make
 
 
 @pytest.fixture
@@ -100,9 +123,9 @@ def npz(tmp_path):
         np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
         return path
 
-    dtl_data.load_set.cache_clear()
+    dtl.load_set.cache_clear()
     yield write
-    dtl_data.load_set.cache_clear()
+    dtl.load_set.cache_clear()
 
 
 @pytest.fixture(scope="session")

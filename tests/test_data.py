@@ -1,10 +1,13 @@
-"""Tasks by name, the archives, a user's own data, augmentation."""
+"""Tasks by name, the archives, a user's own data, batches and augmentation."""
 
+import errno
 import functools
 import hashlib
 import http.server
 import io
 import os
+import shutil
+import socketserver
 import tarfile
 import threading
 import zipfile
@@ -17,13 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dtl
-import dtl_data
 
 CPU = torch.device("cpu")
 
 
-def task(name, seed=0):
-    return dtl.load_task(str(name), seed, Path("no-archives-here"), CPU)
+def task(name, seed=0, image_size=0):
+    return dtl.load_task(str(name), seed, Path("no-archives-here"), CPU, image_size=image_size)
 
 
 def numbers(images):
@@ -39,6 +41,7 @@ def numbers(images):
     ("", [0, 1, 2]), ("[0:2]", [0, 1]), ("[1:]", [1, 2]), ("[0:3:2]", [0, 2]), ("[2,0]", [2, 0]),
 ])  # fmt: skip
 def test_classes_are_chosen_and_renumbered(npz, classes, expected):
+    """And labels stay with their images."""
     chosen = task(f"{npz()}{classes}")
     assert chosen.classes == len(expected)
     for images, labels, per_class, first in ((chosen.x, chosen.y, 10, 0), (chosen.x_test, chosen.y_test, 4, 30)):
@@ -59,15 +62,49 @@ def test_draws_are_nested_and_by_seed(npz):
     assert small.fingerprint == task(f"{path}@3").fingerprint != other.fingerprint
 
 
-@pytest.mark.parametrize("name", [
-    "", "shapes[0:4", "shapes@", "shapes[0:4]@-1", "nosuch[0:4]", "nosuch.npz[0:2]", "shapes[a:b]", "shapes[0:1.5]",
-    "shapes[0:33]", "shapes[32,33]", "shapes[-1:4]", "shapes[5:5]", "shapes[4:0]", "shapes[3]", "shapes[1,1]",
-    "shapes[0:1:1:1]", "shapes[0:4]@0", "shapes[0:4]@9999",
+def test_the_fingerprint_covers_images_and_labels_of_both_parts(npz):
+    y, y_test = np.repeat(np.arange(3), 10), np.repeat(np.arange(3), 4)
+    plain = np.zeros((30, 8, 8, 3), np.uint8)
+    changed, other, other_test = plain.copy(), y.copy(), y_test.copy()
+    changed[7, 3, 3, 1], other[0], other_test[0] = 1, 1, 1
+    arrays = dict(x_train=plain, x_test=plain[:12], y_train=y, y_test=y_test)
+    prints = set()
+    for change in ({}, dict(x_train=changed), dict(x_test=changed[:12]), dict(y_train=other), dict(y_test=other_test)):
+        dtl.load_set.cache_clear()
+        prints.add(task(npz(**arrays | change)).fingerprint)
+    assert len(prints) == 5
+
+
+@pytest.mark.parametrize(("name", "named"), [
+    ("", "''"), ("shapes[0:4", "shapes[0:4"), ("shapes@", "shapes@"), ("shapes[0:4]@-1", "shapes[0:4]@-1"),
+    ("nosuch[0:4]", "nosuch"), ("nosuch.npz[0:2]", "nosuch.npz: no such file"), ("shapes[a:b]", "shapes[a:b]"),
+    ("shapes[0:1.5]", "shapes[0:1.5]"), ("shapes[0:33]", "[0:33]"), ("shapes[32,33]", "[32,33]"),
+    ("shapes[-1:4]", "[-1:4]"), ("shapes[5:5]", "[5:5]"), ("shapes[4:0]", "[4:0]"), ("shapes[3]", "[3]"),
+    ("shapes[1,1]", "[1,1]"), ("shapes[0:1:1:1]", "[0:1:1:1]"), ("shapes[0:4:0]", "[0:4:0]"), ("shapes[]", "[]"),
+    ("shapes[0:4]@0", "shapes[0:4]@0"), ("shapes[0:4]@9999", "400 training"),
+    ("shapes[0:99999999999]", "[0:99999999999]"), ("shapes[0:999999999]", "[0:999999999]"),
+    ("shapes@" + "9" * 5000, "shapes@9999"), ("shapes[" + "1," * 5000 + "2]", "1,1,1"), ("x" * 5000, "xxx"),
 ])  # fmt: skip
-def test_unknown_task_is_named(name):
+def test_unknown_task_is_named(name, named):
+    """In one line of a reasonable length, whatever the length of the name, and at once."""
     with pytest.raises(dtl.DTLError) as error:
         task(name)
-    assert name.split("[")[0].split("@")[0] in str(error.value) and "\n" not in str(error.value)
+    assert named in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@given(st.text(st.sampled_from("shape[]@:,-0123456789.nz \0é"), max_size=30))
+@settings(max_examples=300)
+def test_any_text_is_a_task_or_one_error(text):
+    try:
+        found = dtl.select_classes(text, 9)
+    except dtl.DTLError as error:
+        assert "\n" not in str(error)
+    else:
+        assert len(set(found)) == len(found) >= 2 and set(found) <= set(range(9))
+    try:
+        task(f"shapes[{text}")
+    except dtl.DTLError as error:
+        assert len(str(error).splitlines()) == 1
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -77,8 +114,10 @@ def test_validation_images_are_taken_from_the_training_images(seed):
     y = np.random.default_rng(seed).integers(0, 3, 100)
     x = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 2, 2), np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dtl_data, "read_npz", lambda path: (x, y, x[:9] + 200, y[:9]))
-        train, y_train, held, y_held = dtl_data.load_set.__wrapped__("own.npz", None, "validation")
+        patch.setattr(dtl, "read_npz", lambda path: (x, y, x[:9] + 200, y[:9]))
+        train, y_train, held, y_held = dtl.load_set.__wrapped__("own.npz", None, "validation")
+    for images, labels in ((train, y_train), (held, y_held)):
+        assert (y[images[:, 0, 0, 0]] == labels).all()
     train, held = set(train[:, 0, 0, 0]), set(held[:, 0, 0, 0])
     assert not train & held and train | held == set(range(100))
     for c in range(3):
@@ -92,19 +131,21 @@ X, Y = np.zeros((30, 8, 8, 3), np.uint8), np.repeat(np.arange(3), 10)
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    (dict(y_train=None), "y_train"),
-    (dict(x_test=None, y_test=None), "x_test, y_test"),
+    (dict(y_train=None), "y_train.*found x_train, x_test, y_test"),
+    (dict(x_test=None, y_test=None), "x_test, y_test.*found x_train, y_train"),
     (dict(x_train=X.astype(np.float32)), "x_train.*float32"),
     (dict(x_train=X[..., 0]), r"x_train.*\(30, 8, 8\)"),
     (dict(x_train=X.transpose(0, 3, 1, 2)), r"x_train.*\(30, 3, 8, 8\)"),
     (dict(x_train=X[:0], y_train=Y[:0]), r"x_train.*\(0, 8, 8, 3\)"),
-    (dict(x_train=X[:, :4]), r"x_train.*\(4, 8, 3\).*\(8, 8, 3\)"),
+    (dict(x_train=X[:, :4]), r"x_train.*\(30, 4, 8, 3\)"),
     (dict(y_train=Y - 1), "y_train.*-1"),
     (dict(y_train=Y.astype(float)), "y_train.*float64"),
     (dict(y_train=Y[:29]), r"y_train.*\(30,\).*\(29,\)"),
     (dict(y_train=Y[:, None]), "y_train"),
+    (dict(y_test=Y[:11]), r"y_test.*\(12,\).*\(11,\)"),
     (dict(y_train=np.array([None] * 30)), "own.npz"),
-    (dict(y_train=np.where(Y == 1, 2, Y)), "class 1 is empty"),
+    (dict(y_train=np.where(Y == 1, 2, Y)), "class 1 has 0 training"),
+    (dict(y_train=Y + 1, y_test=np.repeat([1, 2, 3], 4)), "class 0 has 0 training.*labels count from 0"),
 ])  # fmt: skip
 def test_a_bad_npz_is_one_error_naming_the_array(npz, changes, named):
     with pytest.raises(dtl.DTLError, match=named) as error:
@@ -120,36 +161,74 @@ def test_a_file_that_is_no_npz_is_named(npz, damage):
         task(path)
 
 
+def test_what_is_not_a_file_is_named_and_not_waited_for(tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name in ("folder.npz", "pipe.npz"):
+        with pytest.raises(dtl.DTLError, match=f"{name}: not a file"):
+            task(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["", ".npy"])
+def test_a_member_that_is_no_array_is_named(tmp_path, suffix):
+    """numpy hands such a member out as bytes."""
+    with zipfile.ZipFile(tmp_path / "own.npz", "w") as file:
+        for key in ("x_train", "y_train", "x_test", "y_test"):
+            file.writestr(key + suffix, b"no magic")
+    with pytest.raises(dtl.DTLError, match="own.npz"):
+        dtl.read_npz(tmp_path / "own.npz")
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(npz, monkeypatch):
+    path = npz()
+    assert len(dtl.read_npz(path)[1]) == 30
+    monkeypatch.setattr(dtl, "MOST_BYTES", 1000)
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail("unpacked"))
+    with pytest.raises(dtl.DTLError, match="own.npz.*GiB"):
+        dtl.read_npz(path)
+
+
 @pytest.mark.parametrize("kind", [np.uint32, np.uint64])
 def test_minus_one_in_an_unsigned_type_is_no_label(npz, kind):
     path = npz(y_train=np.where(np.arange(30) == 29, -1, Y).astype(kind))
     with pytest.raises(dtl.DTLError, match="own.npz: y_train"):
-        dtl_data.read_npz(path)
+        dtl.read_npz(path)
 
 
-def test_tasks_of_different_image_sizes(npz, tmp_path, tiny):
-    def check(image_size):
-        config = dtl.Config(**tiny | dict(target=f"{npz()}[0:2]@4", image_size=image_size))
-        return dtl.Experiment(config, 0, CPU, tmp_path, tmp_path).check_tasks()
+def test_npz_with_a_pickle_does_not_run_it(tmp_path):
+    """A pickle in the archive that would make a file were it loaded."""
+    evil = b"cbuiltins\nopen\n(S'" + str(tmp_path / "ran").encode() + b"'\nS'w'\ntR."
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr="|O", fortran_order=False, shape=(1,)))
+    with zipfile.ZipFile(tmp_path / "own.npz", "w") as file:
+        for key in ("x_train", "y_train", "x_test", "y_test"):
+            file.writestr(key + ".npy", header.getvalue() + evil)
+    with pytest.raises(dtl.DTLError, match="own.npz"):
+        dtl.read_npz(tmp_path / "own.npz")
+    assert not (tmp_path / "ran").exists()
 
-    with pytest.raises(dtl.DTLError, match=r"\(16, 16\).*\(8, 8\).*--image-size"):
-        check(0)
-    assert {t.x.shape[2:] for t in check(8).values()} == {(8, 8)}
-    with pytest.raises(dtl.DTLError, match="own.npz.*8x8, smaller than --image-size 12"):
-        check(12)
+
+def test_tasks_of_different_image_sizes(npz, new_run):
+    given = dict(target=f"{npz()}[0:2]@4")
+    with pytest.raises(dtl.DTLError, match=r"(\[16, 16\].*\[8, 8\]|\[8, 8\].*\[16, 16\]).*--image-size"):
+        new_run(**given, image_size=0)
+    sizes = {new_run(**given, image_size=8).task(name).x.shape[2:] for name in ("source", "target", "downstream")}
+    assert sizes == {(8, 8)}
+    with pytest.raises(dtl.DTLError, match="own.npz.*8.*smaller than --image-size 12"):
+        new_run(**given, image_size=12)
 
 
 # --------------------------------------------------------------------------------------------------------- the archives
 
-SIZES = {"cifar10": ({f"data_batch_{i}.bin": 2 for i in range(1, 6)}, 1), "cifar100": ({"train.bin": 10}, 2)}
+FILES = {"cifar10": {f"data_batch_{i}.bin": 2 for i in range(1, 6)} | {"test_batch.bin": 2},
+         "cifar100": {"train.bin": 10, "test.bin": 2}}  # fmt: skip
+LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 
 
 def made_up(name):
     """What the files of a small archive of that kind hold: file -> (n, label bytes + 3072) uint8."""
-    train, label_bytes = SIZES[name]
     rng = np.random.default_rng(0)
-    files = train | {"test.bin" if name == "cifar100" else "test_batch.bin": 2}
-    return {f: rng.integers(0, 10, (n, label_bytes + 3072), dtype=np.uint8) for f, n in files.items()}
+    return {f: rng.integers(0, 10, (n, LABEL_BYTES[name] + 3072), dtype=np.uint8) for f, n in FILES[name].items()}
 
 
 def packed(members):
@@ -164,6 +243,11 @@ def packed(members):
                 info.size = len(member[1])
                 tar.addfile(info, io.BytesIO(member[1]))
     return buffer.getvalue()
+
+
+def archive_of(name):
+    folder = dtl.ARCHIVES[name][2]
+    return packed((f"{folder}/{f}", d.tobytes()) for f, d in made_up(name).items())
 
 
 @pytest.fixture
@@ -181,15 +265,15 @@ def serve(tmp_path, monkeypatch):
     thread.start()
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(variable, "127.0.0.1")
-    monkeypatch.setattr(dtl_data, "ARCHIVE_RECORDS", 2)
 
-    def offer(name, archive, sha256=None):
+    def offer(name, archive, sha256=None, port=server.server_port):
         file = dtl.ARCHIVES[name][0].rsplit("/", 1)[1]
-        (site / file).write_bytes(archive)
-        address = f"http://127.0.0.1:{server.server_port}/{file}"
-        entry = (address, sha256 or hashlib.sha256(archive).hexdigest(), *dtl.ARCHIVES[name][2:])
-        monkeypatch.setitem(dtl.ARCHIVES, name, entry)
-        return tmp_path / "data" / entry[2]
+        if archive is not None:
+            (site / file).write_bytes(archive)
+        sha256 = sha256 or hashlib.sha256(archive or b"").hexdigest()
+        address, _, folder, _, *labels = dtl.ARCHIVES[name]
+        monkeypatch.setitem(dtl.ARCHIVES, name, (f"http://127.0.0.1:{port}/{file}", sha256, folder, FILES[name], *labels))
+        return tmp_path / "data" / folder
 
     yield offer
     server.shutdown()
@@ -204,13 +288,10 @@ def left(tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_archive_is_fetched_and_read(name, tmp_path, serve):
     files = made_up(name)
-    folder = serve(name, packed((f"any/{f}", d.tobytes()) for f, d in files.items()))
-    (tmp_path / "data").mkdir()
-    stale = tmp_path / "data" / (dtl.ARCHIVES[name][0].rsplit("/", 1)[1] + ".0123abcd.partial")
-    stale.write_bytes(b"of a download that was killed")
-    os.utime(stale, (1e9, 1e9))
+    folder = serve(name, archive_of(name))
     x, y, x_test, y_test = dtl.read_archive(name, tmp_path / "data")
-    assert not stale.exists() and {p.name for p in folder.iterdir()} == set(files)
+    assert {p.name for p in folder.iterdir()} == set(files)
+    assert {p.name for p in folder.parent.iterdir()} == {folder.name, dtl.ARCHIVES[name][0].rsplit("/", 1)[1]}
     *train, test = files.values()
     for records, images, labels in ((np.concatenate(train), x, y), (test, x_test, y_test)):
         assert images.shape == (len(records), 3, 32, 32) and images.dtype == np.uint8 and labels.dtype == np.int64
@@ -230,24 +311,26 @@ def test_an_unpacked_folder_is_used_as_it_is(tmp_path, serve):
     with pytest.raises(dtl.DTLError, match="train.bin: 30739 bytes, not 30740"):
         dtl.read_archive("cifar100", tmp_path / "data")
     (folder / "train.bin").unlink()
-    with pytest.raises(dtl.DTLError, match="train.bin missing"):
+    with pytest.raises(dtl.DTLError, match="train.bin.*missing"):
         dtl.read_archive("cifar100", tmp_path / "data")
+    assert not list(folder.parent.glob("*.gz"))  # nothing was asked for
 
 
-def test_wrong_checksum_is_refused_and_leaves_nothing(tmp_path, serve):
-    good = packed((f, d.tobytes()) for f, d in made_up("cifar100").items())
-    folder = serve("cifar100", good, sha256="0" * 64)
+def test_wrong_checksum_is_refused_and_never_opened(tmp_path, serve):
+    """An altered archive stays where it is, is refused again, and deleting it, as is said, is enough."""
+    folder = serve("cifar100", archive_of("cifar100"), sha256="0" * 64)
     for _ in range(2):  # the second time must not find anything to take for data
-        with pytest.raises(dtl.DTLError, match="cifar-100-binary.tar.gz.*hash"):
+        with pytest.raises(dtl.DTLError, match="cifar-100-binary.tar.gz: sha256.*delete it"):
             dtl.read_archive("cifar100", tmp_path / "data")
-        assert left(tmp_path) == ["data"]
-    serve("cifar100", good)
+        assert left(tmp_path) == ["data", "data/cifar-100-binary.tar.gz"]
+    (tmp_path / "data" / "cifar-100-binary.tar.gz").unlink()
+    serve("cifar100", archive_of("cifar100"))
     dtl.read_archive("cifar100", tmp_path / "data")
     assert folder.is_dir()
 
 
 def test_truncated_archive_is_refused(tmp_path, serve):
-    good = packed((f, d.tobytes()) for f, d in made_up("cifar100").items())
+    good = archive_of("cifar100")
     folder = serve("cifar100", good)
     folder.parent.mkdir()
     (folder.parent / "cifar-100-binary.tar.gz").write_bytes(good[: len(good) // 2])
@@ -256,36 +339,70 @@ def test_truncated_archive_is_refused(tmp_path, serve):
     assert not folder.exists()
 
 
-def test_nothing_in_an_archive_lands_elsewhere(tmp_path, serve):
-    """As could be, were the checksum of an archive like this ever the right one."""
-    files = {f: d.tobytes() for f, d in made_up("cifar100").items()}
-    link, hard = tarfile.TarInfo("test.bin"), tarfile.TarInfo("train.bin")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-    hard.type, hard.linkname = tarfile.LNKTYPE, "../../outside"
-    (tmp_path / "outside").write_bytes(b"untouched")
-    members = [link, hard, ("../evil", b"!"), (f"{tmp_path}/absolute", b"!"), ("evil.bin", b"!"),
-               ("../../train.bin", files["train.bin"]), ("x/test.bin", files["test.bin"])]  # fmt: skip
-    folder = serve("cifar100", packed(members))
+def test_nothing_of_a_forged_archive_lands_anywhere(tmp_path, serve):
+    link = tarfile.TarInfo("cifar-100-binary")
+    link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+    serve("cifar100", packed([link, ("../evil", b"!"), (f"{tmp_path}/absolute", b"!")]), sha256="1" * 64)
+    with pytest.raises(dtl.DTLError, match="sha256"):
+        dtl.read_archive("cifar100", tmp_path / "data")
+    assert left(tmp_path) == ["data", "data/cifar-100-binary.tar.gz"]
+
+
+def test_a_full_disk_while_unpacking_leaves_no_folder(tmp_path, serve, monkeypatch):
+    folder = serve("cifar100", archive_of("cifar100"))
+
+    def full(archive, where, *more):
+        (Path(where) / folder.name).mkdir(parents=True)
+        (Path(where) / folder.name / "train.bin").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        patch.setattr(shutil, "unpack_archive", full)
+        dtl.read_archive("cifar100", tmp_path / "data")
+    assert left(tmp_path) == ["data", "data/cifar-100-binary.tar.gz"]
     assert len(dtl.read_archive("cifar100", tmp_path / "data")[1]) == 10
-    unpacked = [f"data/cifar-100-binary/{f}" for f in sorted(files)]
-    assert left(tmp_path) == ["data", "data/cifar-100-binary", "data/cifar-100-binary.tar.gz", *unpacked, "outside"]
-    assert not any((folder / f).is_symlink() for f in files) and (tmp_path / "outside").read_bytes() == b"untouched"
 
 
-def test_no_network(tmp_path, serve, monkeypatch):
-    folder = serve("cifar100", b"")
-    address = "http://127.0.0.1:9/cifar-100-binary.tar.gz"  # nothing listens there
-    monkeypatch.setitem(dtl.ARCHIVES, "cifar100", (address, *dtl.ARCHIVES["cifar100"][1:]))
-    with pytest.raises(dtl.DTLError, match=f"cannot download {address}"):
+def test_no_network(tmp_path, serve):
+    folder = serve("cifar100", b"", port=9)  # nothing listens there
+    with pytest.raises(dtl.DTLError, match="cannot download http://127.0.0.1:9/cifar-100-binary.tar.gz"):
         dtl.read_archive("cifar100", tmp_path / "data")
     assert not folder.exists() and left(tmp_path) == ["data"]
+
+
+@pytest.mark.parametrize("answer", [
+    None, b"", b"\0\xff\xfe nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -7\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"HTTP/1.1 302 Found\r\nLocation: nowhere:7\r\n\r\n",
+])  # fmt: skip
+def test_a_server_that_answers_nonsense(tmp_path, serve, answer):
+    """None: it has no such file. Whatever comes, it is one of our errors, and nothing is taken for data."""
+
+    class Nonsense(socketserver.StreamRequestHandler):
+        def handle(self):
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Nonsense) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            folder = serve("cifar100", None, "2" * 64, **({} if answer is None else dict(port=server.server_address[1])))
+            with pytest.raises(dtl.DTLError, match="cifar-100-binary.tar.gz") as error:
+                dtl.read_archive("cifar100", tmp_path / "data")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "http" in str(error.value) or "sha256" in str(error.value)
+    assert not folder.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- the images
 
 
 def test_shapes_are_deterministic_and_whole():
-    (x, y), (again, _), (other, _) = (dtl_data.draw_shapes(2, seed) for seed in (1, 1, 2))
+    (x, y), (again, _), (other, _) = (dtl.draw_shapes(2, seed) for seed in (1, 1, 2))
     assert x.shape == (64, 3, 16, 16) and x.dtype == np.uint8
     assert np.bincount(y).tolist() == [2] * 32
     assert (x == again).all() and (x != other).any()
@@ -293,20 +410,25 @@ def test_shapes_are_deterministic_and_whole():
 
 
 def test_training_and_test_shapes_differ(tmp_path):
-    x, y, x_test, y_test = dtl_data.load_set("shapes", tmp_path, "test")
+    x, y, x_test, y_test = dtl.load_set("shapes", tmp_path, "test")
     assert set(y) == set(y_test) == set(range(32))
     assert not {i.tobytes() for i in x} & {i.tobytes() for i in x_test}
 
 
-def test_shrinking_is_the_mean_over_areas():
-    x = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
-    expected = x.numpy().reshape(5, 3, 4, 4, 4, 4).mean((3, 5)).round().astype(np.uint8)
-    np.testing.assert_array_equal(dtl_data.shrink(x, 4, "t").numpy(), expected)
-    assert dtl_data.shrink(x, 0, "t") is x and dtl_data.shrink(x, 16, "t") is x
-    assert dtl_data.shrink(x[..., :8], 8, "t").shape == (5, 3, 8, 8)  # 16x8
+def test_shrinking_is_the_mean_over_areas(npz):
+    x = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
+    path = npz(x_train=x, x_test=x[:12])
+    expected = x.reshape(30, 4, 4, 4, 4, 3).mean((2, 4)).round().astype(np.uint8).transpose(0, 3, 1, 2)
+    small = task(path, image_size=4)  # class 0 has the images 0 to 9, in the order of the draw
+    assert sorted(i.tobytes() for i in small.x.numpy()) == sorted(i.tobytes() for i in expected)
+    assert (small.x_test.numpy() == expected[:12]).all()
+    assert task(path).x.shape == task(path, image_size=16).x.shape == (30, 3, 16, 16)
+    dtl.load_set.cache_clear()
+    wide = task(npz(x_train=x[:, :, :8], x_test=x[:12, :, :8]), image_size=8)
+    assert wide.x.shape == (30, 3, 8, 8)  # from 16x8
 
 
-def variants(image):
+def variants(image, flips=(False, True)):
     """Every crop of the image, padded by an eighth of its side, and of each its mirror image."""
     height, width = image.shape[1:]
     pad = max(1, height // 8)
@@ -314,8 +436,8 @@ def variants(image):
     for top in range(2 * pad + 1):
         for left_ in range(2 * pad + 1):
             crop = padded[:, top : top + height, left_ : left_ + width]
-            yield crop.tobytes()
-            yield crop[:, :, ::-1].tobytes()
+            for flip in flips:
+                yield (crop[:, :, ::-1] if flip else crop).tobytes()
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(4, 4), (8, 8), (8, 5), (16, 16)]))
@@ -323,27 +445,73 @@ def variants(image):
 def test_augmented_images_are_crops_and_flips_of_their_own_image(seed, size):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (6, 3, *size), dtype=torch.uint8, generator=generator)
-    changed = dtl_data.augment(images, generator)
+    changed = dtl.augmented(images, "crop,flip", generator)
     assert changed.shape == images.shape and changed.dtype == torch.uint8
     for image, result in zip(images.numpy(), changed.numpy()):
         assert result.tobytes() in set(variants(image))
 
 
-def test_every_crop_and_flip_occurs_image_by_image():
+@pytest.mark.parametrize(("how", "flips"), [("crop,flip", (False, True)), ("crop", (False,))])
+def test_every_crop_and_flip_occurs_image_by_image(how, flips):
     image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
-    first, again = (dtl_data.augment(image.expand(500, -1, -1, -1), torch.Generator().manual_seed(3)) for _ in range(2))
+    first, again = (dtl.augmented(image.expand(500, -1, -1, -1), how, torch.Generator().manual_seed(3))
+                    for _ in range(2))
     assert first.equal(again)
-    assert {i.numpy().tobytes() for i in first} == set(variants(image[0].numpy()))
+    assert {i.numpy().tobytes() for i in first} == set(variants(image[0].numpy(), flips))
 
 
-def test_npz_with_a_pickle_does_not_run_it(tmp_path):
-    """A pickle in the archive that would make a file were it loaded."""
-    evil = b"cbuiltins\nopen\n(S'" + str(tmp_path / "ran").encode() + b"'\nS'w'\ntR."
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, dict(descr="|O", fortran_order=False, shape=(1,)))
-    with zipfile.ZipFile(tmp_path / "own.npz", "w") as file:
-        for key in ("x_train", "y_train", "x_test", "y_test"):
-            file.writestr(key + ".npy", header.getvalue() + evil)
-    with pytest.raises(dtl.DTLError, match="own.npz"):
-        dtl_data.read_npz(tmp_path / "own.npz")
-    assert not (tmp_path / "ran").exists()
+def test_without_augmentation_images_stay_as_they_are():
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    assert dtl.augmented(images, "none", torch.Generator()).equal(images)
+
+
+def test_normalised_images_lie_about_zero():
+    found = dtl.normalise(torch.tensor([0, 127, 128, 255], dtype=torch.uint8))
+    assert found.dtype == torch.float32 and found.tolist() == pytest.approx([-2, -0.5 / 63.75, 0.5 / 63.75, 2])
+
+
+# ---------------------------------------------------------------------------------------------------------- the batches
+
+
+def numbered(count, classes=7):
+    """A task whose images carry their numbers, and whose labels are these modulo `classes`."""
+    x = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+    y = torch.arange(count) % classes
+    return dtl.Task("numbered", x, y, x[:1] + 100, y[:1], classes, "")
+
+
+def drawn(task, size, step, seed=0, augment="none"):
+    """The numbers of the images of a step, after checking that their labels go with them."""
+    x, y = dtl.batch(task, size, step, seed, augment, torch.Generator().manual_seed(step))
+    assert x.dtype == torch.float32 and y.dtype == torch.int64
+    found = (x * 63.75 + 127.5).round().long().amax((1, 2, 3))
+    assert (found % task.classes == y).all()
+    return found.tolist()
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 2**62), st.sampled_from(["none", "crop", "crop,flip"]))
+@settings(max_examples=40)
+def test_an_epoch_has_every_image_at_most_once_with_its_label(count, size, seed, augment):
+    task, epoch = numbered(count), count // min(size, count)
+    for first in (0, epoch):
+        found = [drawn(task, size, first + k, seed, augment) for k in range(epoch)]
+        assert {len(f) for f in found} == {min(size, count)}  # the same at every step
+        assert len(set(sum(found, []))) == epoch * min(size, count)
+
+
+def test_every_step_has_another_batch_every_epoch_and_every_seed_another_order():
+    task = numbered(60)
+    epochs = [[drawn(task, 20, 3 * epoch + k) for k in range(3)] for epoch in range(4)]
+    assert all(sorted(sum(e, [])) == list(range(60)) for e in epochs)
+    flat = [tuple(batch) for e in epochs for batch in e]
+    assert len(set(flat)) == len({frozenset(b) for b in flat}) == 12
+    assert epochs[0] == [drawn(task, 20, k) for k in range(3)] != [drawn(task, 20, k, seed=1) for k in range(3)]
+
+
+def test_training_batches_are_augmented_as_asked_for(monkeypatch):
+    seen, augmented = [], dtl.augmented
+    monkeypatch.setattr(dtl, "augmented", lambda x, how, g: (seen.append((len(x), how, g)), augmented(x, how, g))[1])
+    task, generator = numbered(9), torch.Generator()
+    x, _ = dtl.batch(task, 9, 0, 0, "crop,flip", generator)
+    assert seen == [(9, "crop,flip", generator)]
+    assert (x == dtl.normalise(torch.tensor(0, dtype=torch.uint8))).flatten(1).any(1).sum() > 4  # padding came in

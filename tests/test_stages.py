@@ -1,14 +1,17 @@
-"""The stages, the rivals and the references: what they change, keep and never touch."""
+"""The stages, the rivals and the attack: what they learn, use, change, keep and never touch."""
 
 import copy
+import functools
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import dtl
-import dtl_report
 
 CPU = torch.device("cpu")
 
@@ -21,32 +24,245 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+def same_weights(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def unseen(task):
+    """Without its test images: whoever looks at them fails."""
+    return replace(task, x_test=None, y_test=None)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Source and target task, a transferred model and the source head, all tiny and untrained."""
     source, target = (dtl.load_task(name, 0, tmp_path_factory.mktemp("data"), CPU)
                       for name in ("shapes[0:5]@8", "shapes[16:20]@6"))
-    heads = [dtl.new_head(64, classes, torch.Generator().manual_seed(classes)) for classes in (5, 4)]
+    heads = [dtl.new_head(64, classes, torch.Generator().manual_seed(classes), CPU) for classes in (5, 4)]
     return source, target, dtl.Model(dtl.new_backbone("resnet8", 1, CPU), heads[1]).eval(), heads[0]
 
 
-def schedule(steps=3, lr=0.02):
-    return dtl.Schedule(steps, lr, batch_size=8, weight_decay=5e-4, clip=5.0)
+def schedule(steps=3, lr=0.02, **more):
+    return dtl.Schedule(steps, lr, batch_size=8, **more)
 
 
-def dispose(world, method, steps=3, **options):
+def dispose(world, method, steps=3, lr=0.02, **options):
     source, target, transferred, head = world
-    options = dict(network="resnet8", forget_weight=1.0, chunks=2, chunk_size=8) | options
-    return dtl.dispose(transferred, head, source, target, method, schedule(steps), 7, dtl.Watch("test"), **options)
+    options = dict(network="resnet8", weight=1.0, chunks=2, chunk_size=8) | options
+    method = dtl.METHODS[method] if isinstance(method, str) else method
+    return dtl.dispose(transferred, head, source, target, method, schedule(steps, lr), 7, dtl.Progress(), **options)
+
+
+def spy(monkeypatch, name, note):
+    """Before every call of dtl.NAME, note(*args, **kwargs) is kept; returns the list of what was."""
+    seen, original = [], getattr(dtl, name)
+
+    @functools.wraps(original)
+    def call(*args, **kwargs):
+        seen.append(note(*args, **kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(dtl, name, call)
+    return seen
+
+
+def everything(*args, **kwargs):
+    return args, kwargs
+
+
+# ------------------------------------------------------------------------------------------------- every stage learns
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Source, target, pretrained and transferred, small and really trained."""
+    data = tmp_path_factory.mktemp("data")
+    source, target = (dtl.load_task(name, 0, data, CPU, image_size=8) for name in ("shapes[0:4]@200", "shapes[4:8]@20"))
+    torch.set_num_threads(1)
+    pretrained = dtl.pretrain(source, "resnet8", dtl.Schedule(150, 0.1, 32, "crop"), 1, dtl.Progress())
+    transferred = dtl.transfer(pretrained, target, dtl.Schedule(60, 0.05, 32, "crop"), 2, dtl.Progress())
+    return source, target, pretrained, transferred
+
+
+def test_pretraining_and_transfer_learn(learned):
+    source, target, pretrained, transferred = learned
+    assert dtl.accuracy(pretrained, source) > 0.6  # of four classes
+    assert dtl.accuracy(transferred, target) > 0.5
+    assert not pretrained.training and not transferred.training
+
+
+@pytest.mark.parametrize("method", ["finetune", "gc", "distill-fresh"])
+def test_disposal_keeps_the_target_task(learned, method):
+    """The fresh backbone learns it, from the transferred model's answers alone."""
+    source, target, pretrained, transferred = learned
+    scrubbed = dtl.dispose(transferred, pretrained.head, source, target, dtl.METHODS[method],
+                           dtl.Schedule(60, 0.1, 16, "crop"), 3, dtl.Progress(), network="resnet8", weight=1.0,
+                           chunks=2, chunk_size=32)
+    assert dtl.accuracy(scrubbed, target) > 0.45
+
+
+def test_an_attack_gets_the_source_back_from_what_was_not_disposed_of(learned):
+    source, _, _, transferred = learned
+    few = [torch.nonzero(source.y == c).flatten()[:20] for c in range(4)]
+    subset = replace(source, x=source.x[torch.cat(few)], y=source.y[torch.cat(few)])
+    stranger = dtl.new_backbone("resnet8", 3, CPU)
+    reached = [dtl.piggyback(b, subset, dtl.Attacker(), dtl.Schedule(40, 0.05, 32, "crop"), 4, dtl.Progress())["value"]
+               for b in (transferred.backbone, stranger)]
+    assert reached[0] > 0.5 and reached[0] > reached[1] + 0.05
+
+
+def test_accuracy_is_the_share_of_test_images_that_are_right():
+    x_test = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).repeat(100, 1, 1, 1)
+    task = dtl.Task("t", None, None, x_test, torch.tensor([0, 1, 2, 3, 4, 5, 5]).repeat(100), 7, "")
+
+    class Reader(nn.Module):  # its answer is what the pixels say; wrong in training mode
+        def forward(self, x):
+            number = (x[:, 0, 0, 0] * 63.75 + 127.5).round().long()
+            return F.one_hot(number, 8)[:, :7].float() if not self.training else torch.zeros(len(x), 7)
+
+    assert dtl.accuracy(Reader().train(), task) == pytest.approx(6 / 7, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------- the one loop
+
+
+def test_learning_rate_rises_then_falls_to_nearly_zero():
+    rates = [schedule(100, 0.1).lr_at(step) for step in range(100)]
+    assert max(rates) <= 0.1 and rates.index(max(rates)) in range(23, 27) and rates[0] < 0.01 and rates[-1] < 1e-4
+    assert sorted(rates[:24]) == rates[:24] and sorted(rates[26:], reverse=True) == rates[26:]
+
+
+def loop(optimizer, steps, losses, lr=0.1, **more):
+    """A weight of three numbers trained by the loop on losses(weight, step)."""
+    model = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -2.0, 3.0]]))
+
+    def step_loss(step, generator):
+        loss = losses(model.weight, step)
+        loss.backward()
+        return {"loss": loss}
+
+    dtl.train(model, step_loss, schedule(steps, lr, optimizer=optimizer, **more), 0, dtl.Progress())
+    return model.weight.detach()
+
+
+def steep(weight, step):
+    """Some gradients are above the clip, some far below."""
+    return (weight * torch.tensor([[1.0, 2.0, 3.0]]) * (100.0 if step % 3 else 0.01)).square().sum()
+
+
+def by_hand(kind, steps, lr=0.1):
+    weight = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    scale = torch.tensor([[1.0, 2.0, 3.0]]).double()
+    for step in range(steps):
+        rate = schedule(steps, lr).lr_at(step)
+        gradient = 2 * weight * (scale * (100.0 if step % 3 else 0.01)) ** 2
+        gradient = gradient * min(1.0, 5.0 / gradient.norm().item())  # clipped at a norm of 5
+        if kind == "sgd":
+            gradient = gradient + 5e-4 * weight
+            first = 0.9 * first + gradient if step else gradient
+            weight = weight - rate * (gradient + 0.9 * first)
+        else:
+            weight = weight * (1 - rate * 5e-4)
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            corrected = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+            weight = weight - rate * corrected[0] / (corrected[1].sqrt() + 1e-8)
+    return weight.float()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_the_optimisers_against_their_formulas(kind):
+    """Clipping, weight decay, Nesterov momentum, the learning rate of every step."""
+    assert torch.allclose(loop(kind, 12, steep), by_hand(kind, 12), rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_frozen_stays_and_the_rest_learns():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model)
+
+    def step_loss(step, generator):
+        loss = model(torch.ones(2, 3)).sum()
+        loss.backward()
+        return {"loss": loss}
+
+    dtl.train(model, step_loss, schedule(2), 0, dtl.Progress())
+    assert same_weights(model[0], before[0]) and not same_weights(model[1], before[1]) and not model.training
+
+
+@pytest.mark.parametrize("fetch", [1, 4, 50])
+def test_the_step_whose_loss_is_not_finite_is_named(monkeypatch, fetch):
+    monkeypatch.setattr(dtl, "FETCH", fetch)
+    with pytest.raises(dtl.DTLError, match="step 6 of 9: not finite: loss nan"):
+        loop("sgd", 9, lambda weight, step: weight.sum() * (math.nan if step == 6 else 1.0))
+
+
+def test_every_step_has_random_numbers_of_its_own_by_seed(world):
+    def numbers(seed):
+        drawn, model = [], nn.Linear(1, 1)
+
+        def step_loss(step, generator):
+            drawn.append(torch.rand((), generator=generator).item())
+            (loss := model.weight.sum()).backward()
+            return {"loss": loss}
+
+        dtl.train(model, step_loss, schedule(4), seed, dtl.Progress())
+        return drawn
+
+    assert numbers(1) == numbers(1) and len(set(numbers(1) + numbers(2))) == 8
+
+
+def test_fit_uses_its_schedule_and_never_sees_test_images(world, monkeypatch):
+    calls = spy(monkeypatch, "batch", lambda task, size, step, seed, augment, generator: (
+        task, size, step, seed, augment, generator.initial_seed()))
+    rates = []
+    model, task = copy.deepcopy(world[2]), unseen(world[1])
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]),
+                                                                   step(self, *a))[1])
+    plan = dtl.Schedule(5, 0.03, 6, "crop")
+    dtl.fit(model, task, plan, 11, dtl.Progress())
+    assert [call[:5] for call in calls] == [(task, 6, k, 11, "crop") for k in range(5)]
+    assert len({call[5] for call in calls}) == 5
+    assert rates == [plan.lr_at(k) for k in range(5)]
+
+
+# ---------------------------------------------------------------------------------------------- pretrain and transfer
+
+
+def test_pretraining_is_by_seed(world):
+    task = unseen(world[0])
+    first, again, other = (dtl.pretrain(task, "resnet8", schedule(), seed, dtl.Progress()) for seed in (1, 1, 2))
+    assert same(tensors(first), tensors(again)) and not same(tensors(first), tensors(other))
+    assert first.head.out_features == 5
+    random = [dtl.pretrain(task, "resnet8", schedule(1, 0.0), seed, dtl.Progress()) for seed in (1, 2)]
+    assert not torch.equal(random[0].backbone.stem[0].weight, random[1].backbone.stem[0].weight)
+
+
+def test_transfer_starts_from_the_pretrained_backbone(world):
+    """At a learning rate of zero its weights stay, and the head is a new one; the pretrained model is left alone."""
+    pretrained = dtl.Model(dtl.new_backbone("resnet8", 5, CPU), world[3])
+    before = tensors(pretrained)
+    still = dtl.transfer(pretrained, unseen(world[1]), schedule(lr=0.0), 3, dtl.Progress())
+    assert same_weights(still.backbone, pretrained.backbone) and still.head.out_features == 4
+    moved = dtl.transfer(pretrained, unseen(world[1]), schedule(lr=0.02), 3, dtl.Progress())
+    assert not any(torch.equal(p, q) for p, q in zip(moved.backbone.parameters(), pretrained.backbone.parameters()))
+    assert same(before, tensors(pretrained))
+
+
+# ------------------------------------------------------------------------------------------------------------ dispose
 
 
 @pytest.mark.parametrize("method", dtl.METHODS)
 def test_disposal_leaves_its_arguments_alone_and_is_reproducible(world, method):
+    world = (unseen(world[0]), unseen(world[1]), *world[2:])
     before = [tensors(world[2]), tensors(world[3])]
-    first, second = dispose(world, method), dispose(world, method)
+    first, second = dispose(world, method, 2), dispose(world, method, 2)
     assert same(before[0], tensors(world[2])) and same(before[1], tensors(world[3]))
     assert same(tensors(first), tensors(second)) and not same(tensors(first), before[0])
-    assert not first.training
+    assert not first.training and all(p.requires_grad for p in world[2].parameters())
 
 
 @pytest.mark.parametrize("method", dtl.METHODS)
@@ -55,89 +271,209 @@ def test_batchnorm_statistics_come_from_target_images_alone(world, method, monke
     updates = []
     original = F.batch_norm
 
-    def spy(x, mean, var, *args, **kwargs):
+    def watched(x, mean, var, *args, **kwargs):
         if mean is not None and (args[2] if len(args) > 2 else kwargs["training"]):
             updates.append(len(x))
         return original(x, mean, var, *args, **kwargs)
 
-    monkeypatch.setattr(F, "batch_norm", spy)
+    monkeypatch.setattr(F, "batch_norm", watched)
     student = dispose(world, method, chunk_size=7)  # source batches of 14, target batches of 8
     assert set(updates) == {8}
     assert student.backbone.stem[1].num_batches_tracked == 3 + (
         0 if dtl.METHODS[method].fresh else world[2].backbone.stem[1].num_batches_tracked)
 
 
-def test_fresh_methods_do_not_start_from_the_transferred_weights(world):
-    source, target, transferred, head = world
-    options = dict(network="resnet8", forget_weight=1.0, chunks=2, chunk_size=8)
-    near, far = (dtl.dispose(transferred, head, source, target, m, schedule(1, 0.0), 7, dtl.Watch("t"), **options)
-                 for m in ("gc", "gc-fresh"))
-    assert torch.equal(near.backbone.stem[0].weight, transferred.backbone.stem[0].weight)
-    assert not torch.equal(far.backbone.stem[0].weight, transferred.backbone.stem[0].weight)
+@pytest.mark.parametrize("method", dtl.METHODS)
+def test_disposal_starts_where_its_method_says(world, method):
+    still = dispose(world, method, 1, lr=0.0)
+    if dtl.METHODS[method].fresh:
+        strangers = (world[2].backbone, dispose(world, "finetune", 1, lr=0.0).backbone)
+        assert not any(torch.equal(still.backbone.stem[0].weight, other.stem[0].weight) for other in strangers)
+        assert not torch.equal(still.head.weight, world[2].head.weight)
+    else:
+        assert same_weights(still, world[2])
 
 
 @pytest.mark.parametrize("method", [m for m, entry in dtl.METHODS.items() if entry.forget is not None])
 def test_the_forget_weight_matters(world, method):
-    assert not same(tensors(dispose(world, method)), tensors(dispose(world, method, forget_weight=0.0)))
+    assert not same(tensors(dispose(world, method, 2)), tensors(dispose(world, method, 2, weight=0.0)))
 
 
-@pytest.mark.parametrize("option", (dict(similarity="cos"), dict(gc_head="source"), dict(chunks=4), dict(retain="ce")))
+@pytest.mark.parametrize("option", (dict(similarity="cos"), dict(gc_head="source"), dict(chunks=4)))
 def test_every_reading_matters(world, option):
-    assert not same(tensors(dispose(world, "gc")), tensors(dispose(world, "gc", **option)))
+    assert not same(tensors(dispose(world, "gc", 2)), tensors(dispose(world, "gc", 2, **option)))
 
 
-def test_gc_disposal_makes_gradients_collide(world):
+def test_batches_of_a_disposal(world, monkeypatch):
+    """Target and source images by the same step number, of different draws, as many as chunks times chunk size."""
+    calls = spy(monkeypatch, "batch", lambda task, size, step, seed, augment, generator: (task, size, step, seed, augment))
+    dispose(world, "gc", 3, chunks=2, chunk_size=9)
+    of_target = [c for c in calls if c[0] is world[1]]
+    of_source = [c for c in calls if c[0] is world[0]]
+    assert [(size, step) for _, size, step, *_ in of_target] == [(8, 0), (8, 1), (8, 2)]
+    assert {(18, 0), (18, 1), (18, 2)} == {(size, step) for _, size, step, *_ in of_source}
+    assert len({c[3] for c in of_target}) == len({c[3] for c in of_source}) == 1 and of_target[0][3] != of_source[0][3]
+    assert {c[4] for c in calls} == {"crop,flip"}
+
+
+def collisions(monkeypatch):
+    """Of every call of the GC loss: chunks, parameters at that time, similarity, weight, and which chunk losses touch
+    all of the parameters."""
+
+    def note(chunk_losses, params, *, similarity, weight):
+        touched = [all(g is not None for g in torch.autograd.grad(chunk(), params, allow_unused=True))
+                   for chunk in chunk_losses]
+        return dict(chunks=len(chunk_losses), params=[p.detach().clone() for p in params], similarity=similarity,
+                    weight=weight, touched=touched)
+
+    return spy(monkeypatch, "gradient_collision_backward", note)
+
+
+@pytest.mark.parametrize("method", ["gc", "gc-fresh"])
+def test_gc_goes_through_a_new_random_head_at_every_step(world, monkeypatch, method):
+    """Over the backbone's parameters and the head's, in as many chunks as configured."""
+    calls = collisions(monkeypatch)
+    dispose(world, method, 4, chunks=3, chunk_size=4, similarity="cos")
+    shapes = [p.shape for p in world[2].backbone.parameters()]
+    heads = [world[3].weight]
+    for call in calls:
+        assert call["chunks"] == 3 and call["similarity"] == "cos" and call["touched"] == [True] * 3
+        assert [p.shape for p in call["params"]] == [*shapes, (5, 64), (5,)]
+        heads.append(call["params"][-2])
+    assert len(calls) == 4
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(heads, 2))
+    assert all(0.9 / 8 < head.abs().max() <= 1 / 8 for head in heads)  # nn.Linear's own initialisation of 64 features
+
+
+def test_gc_through_the_source_head_on_request(world, monkeypatch):
+    calls = collisions(monkeypatch)
+    dispose(world, "gc", 3, gc_head="source")
+    assert all(torch.equal(c["params"][-2], world[3].weight) for c in calls)
+    assert all(torch.equal(c["params"][-1], world[3].bias) for c in calls)
+
+
+def test_the_weight_of_gc_rises_in_a_fresh_backbone_alone(world, monkeypatch):
+    calls = collisions(monkeypatch)
+    for method in ("gc-fresh", "gc"):
+        dispose(world, method, weight=8.0, steps=4)
+    assert [c["weight"] for c in calls] == [4.0, 8.0, 8.0, 8.0] + [8.0] * 4
+
+
+def test_the_chunks_are_the_images_of_the_source_batch(world, monkeypatch):
+    """Each once, with its label: the mean of the chunk losses is the loss of the whole batch, but for BatchNorm."""
+    seen = []
+    monkeypatch.setattr(dtl.ResNet, "forward", lambda self, x: x.mean((2, 3)).repeat(1, 22)[:, :64])  # no BatchNorm
+    monkeypatch.setattr(dtl, "gradient_collision_backward", lambda chunks, params, **_: seen.append(
+        (sum(c().item() for c in chunks) / len(chunks), params[-2].detach().clone(), params[-1].detach().clone()))
+        or torch.zeros(()))
+    batches = spy(monkeypatch, "batch", lambda task, size, step, seed, augment, generator: dtl_batch(
+        task, size, step, seed, augment, generator.clone_state()))
+    dtl_batch = dtl.batch.__wrapped__
+    dispose(world, "gc", 2)
+    of_source = [b for b in batches if len(b[1]) == 16]
+    for (loss, weight, bias), (x, y) in zip(seen, of_source):
+        expected = F.cross_entropy(x.mean((2, 3)).repeat(1, 22)[:, :64] @ weight.T + bias, y)
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert len(seen) == 2
+
+
+def test_gc_disposal_makes_gradients_collide(world, monkeypatch):
     """With GC alone (no retain loss), the mean inner product of the source gradients falls."""
-    source, target, transferred, head = world
-    watch = dtl.Watch("test")
-    student = dtl.dispose(transferred, head, source, target, "gc", schedule(25, 0.05), 3, watch, network="resnet8",
-                          retain_weight=0.0, forget_weight=10.0, chunks=2, chunk_size=20)
-    x, y = dtl.normalise(source.x), source.y
-    heads = [dtl.new_head(64, 5, torch.Generator().manual_seed(i)) for i in range(5)]
-    values = [sum(dtl.chunk_statistics(dtl.Model(m.backbone, h).train(), x, y, 2)["mean_dot"] for h in heads)
-              for m in (transferred, student)]
-    assert values[1] < 0.5 * values[0]
+    monkeypatch.setattr(dtl, "distillation", lambda student, *_: student.sum() * 0)
+    student = dispose(world, "gc", 25, 0.05, weight=10.0, chunks=2, chunk_size=20)
+    x, y = dtl.normalise(world[0].x), world[0].y
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
 
+    def mean_dot(backbone, head):
+        model = dtl.Model(copy.deepcopy(backbone), head).train()
+        return dtl.gradient_stats([torch.autograd.grad(F.cross_entropy(model(x[part]), y[part]), [*model.parameters()])
+                                   for part in order.chunk(2)]).mean_dot
+
+    heads = [dtl.new_head(64, 5, torch.Generator().manual_seed(i), CPU) for i in range(5)]
+    before, after = (sum(mean_dot(m.backbone, h) for h in heads) for m in (world[2], student))
+    assert after < 0.5 * before
+
+
+def test_source_images_are_distilled_in_fresh_methods_alone(world, monkeypatch):
+    """And it does something there."""
+    calls = spy(monkeypatch, "distillation", lambda student, teacher, *_: (len(student), student.shape[1]))
+    for method, expected in (("finetune", [(8, 4)]), ("gc", [(8, 4)]), ("distill-fresh", [(8, 4), (16, 4)]),
+                             ("gc-fresh", [(8, 4), (16, 4)])):
+        calls.clear()
+        whole = dispose(world, method, 2)
+        assert calls == expected * 2, method
+    whole, distillation = dispose(world, "distill-fresh", 2), dtl.distillation
+    monkeypatch.setattr(dtl, "distillation", lambda student, *a: distillation(student, *a) * (len(student) == 8))
+    assert not same(tensors(whole), tensors(dispose(world, "distill-fresh", 2)))
+
+
+def test_retaining_is_distillation_from_the_transferred_model(world, monkeypatch):
+    """On target images, at a temperature above one; the teacher is in evaluation mode and stays as it was."""
+    seen = spy(monkeypatch, "distillation", everything)
+    batches = spy(monkeypatch, "batch", lambda *a: a)
+    dispose(world, "finetune", 1)
+    (args, kwargs), = seen
+    generator = torch.Generator().manual_seed(batches[0][-1].initial_seed())
+    x, _ = dtl.batch.__wrapped__(*batches[0][:-1], generator)
+    assert torch.equal(args[1], copy.deepcopy(world[2]).eval()(x))
+    temperature = args[2] if len(args) > 2 else kwargs["temperature"]
+    assert temperature > 1
+
+
+def test_source_head_and_stranger_of_the_rivals(world):
+    """A rival's logits are those of the source head; `transferred` gives the transferred model's, `stranger` not."""
+    seen = []
+
+    def forget(logits, labels, transferred, stranger, generator):
+        seen.append((logits.detach(), labels, transferred(), stranger()))
+        return logits.sum() * 0
+
+    still = dispose(world, dtl.Method(forget), 1, lr=0.0)
+    (logits, labels, before, other), = seen
+    assert logits.shape == before.shape == other.shape == (16, 5) and len(labels) == 16
+    assert not torch.allclose(before, other) and not before.requires_grad and not other.requires_grad
+    assert same_weights(still, world[2])
+
+
+# --------------------------------------------------------------------------------------------------------- the rivals
 
 LOGITS = torch.tensor([[8.0, 0, 0], [0, 8, 0], [0, 0, 0]])
 LABELS = torch.tensor([0, 0, 1])
 
 
-def forget(function, logits=LOGITS, other=None):
+def forget(method, logits=LOGITS, other=None, labels=LABELS):
     logits = logits.clone().requires_grad_()
     other = torch.zeros_like(logits) if other is None else other
-    loss = function(logits, LABELS, lambda: other, lambda: other, torch.Generator().manual_seed(0))
+    loss = dtl.METHODS[method].forget(logits, labels, lambda: other, lambda: other, torch.Generator().manual_seed(0))
     return loss, torch.autograd.grad(loss, logits)[0]
 
 
 def test_negative_gradient_is_bounded():
-    loss, gradient = forget(dtl.negative_gradient)
+    loss, gradient = forget("neggrad")
     assert loss.item() >= -math.log(3) - 1e-6
-    assert gradient[0].abs().max() > 0  # still right about this image
+    assert gradient[0, 0] > 0  # still right about this image
     assert gradient[1].abs().max() == 0  # wrong beyond guessing already: no push
 
 
 def test_scrub_is_bounded_and_pushes_away_from_the_transferred_model():
-    loss, gradient = forget(dtl.scrub, other=torch.tensor([[9.0, 0, 0], [0, 0, 80.0], [0, 0, 0]]))
+    loss, gradient = forget("scrub", other=torch.tensor([[9.0, 0, 0], [0, 0, 80.0], [0, 0, 0]]))
     assert loss.item() >= -math.log(3)
     assert gradient[0, 0] > 0 and gradient[1].abs().max() == 0
 
 
 def test_uniform_labels_is_least_at_uniform():
-    loss, gradient = forget(dtl.uniform_labels, torch.zeros(3, 3))
+    loss, gradient = forget("uniform", torch.zeros(3, 3))
     assert loss.item() == pytest.approx(0, abs=1e-6) and gradient.abs().max() < 1e-6
-    assert forget(dtl.uniform_labels)[0] > 1
+    assert forget("uniform")[0] > 1
 
 
-def test_bad_teacher_is_least_at_the_teacher():
-    assert forget(dtl.bad_teacher, other=LOGITS)[0].item() == pytest.approx(0, abs=1e-6)
-    assert forget(dtl.bad_teacher)[0] > 0.1
+def test_bad_teacher_is_least_at_the_stranger():
+    assert forget("bad-teacher", other=LOGITS)[0].item() == pytest.approx(0, abs=1e-6)
+    assert forget("bad-teacher")[0] > 0.1
 
 
 def test_random_labels_ignores_the_labels():
-    loss = forget(dtl.random_labels)[0]
-    other = dtl.random_labels(LOGITS, 2 - LABELS, None, None, torch.Generator().manual_seed(0))
-    assert loss.item() == other.item()
+    assert forget("random-labels")[0].item() == forget("random-labels", labels=2 - LABELS)[0].item()
 
 
 def test_distillation_is_kl_times_temperature_squared():
@@ -147,11 +483,250 @@ def test_distillation_is_kl_times_temperature_squared():
     assert dtl.distillation(student, teacher, 3.0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_piggyback_leaves_the_victim_alone_and_attacks_all_alike(world):
-    source, _, transferred, _ = world
-    before = tensors(transferred)
-    values = [dtl.piggyback(transferred.backbone, source, schedule(), 5, dtl.Watch("test")) for _ in range(2)]
-    assert same(before, tensors(transferred)) and values[0] == values[1] and 0 <= values[0] <= 1
+def test_the_published_methods():
+    """What a name means does not change unnoticed: (has a forget loss, into a fresh backbone)."""
+    assert {name: (m.forget is not None, m.fresh) for name, m in dtl.METHODS.items()} == {
+        "finetune": (False, False), "neggrad": (True, False), "random-labels": (True, False), "uniform": (True, False),
+        "bad-teacher": (True, False), "scrub": (True, False), "gc": (True, False), "distill-fresh": (False, True),
+        "gc-fresh": (True, True)}  # fmt: skip
+    assert dtl.METHODS["gc"].forget is dtl.METHODS["gc-fresh"].forget
+    assert len({m.forget for m in dtl.METHODS.values()}) == 7
+
+
+# ------------------------------------------------------------------------------------------------------- the attackers
+
+
+def attacked(monkeypatch, backbone, task, attacker, seed=7, plan=None):
+    """What an attack trained: the model before and after, on what data, how; and what it returned."""
+    phases, fit = [], dtl.fit
+
+    def watched(model, data, schedule, seed, progress):
+        before = copy.deepcopy(model)
+        fit(model, data, schedule, seed, progress)
+        phases.append((before, copy.deepcopy(model), data, schedule, seed))
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dtl, "fit", watched)
+        result = dtl.piggyback(backbone, task, attacker, plan or schedule(4, 0.05), seed, dtl.Progress())
+    (phase,) = phases
+    return phase, result
+
+
+@pytest.mark.parametrize("attacker", dtl.ATTACKERS.values(), ids=dtl.ATTACKERS)
+def test_an_attack_leaves_its_victim_alone_and_is_reproducible(world, monkeypatch, attacker):
+    backbone, before = world[2].backbone, tensors(world[2].backbone)
+    phase, result = attacked(monkeypatch, backbone, world[0], attacker)
+    assert same(before, tensors(backbone)) and all(p.requires_grad for p in backbone.parameters())
+    assert result == attacked(monkeypatch, backbone, world[0], attacker)[1]
+    assert result.keys() == {"value", "mean_cosine"} and 0 <= result["value"] <= 1 and -1 <= result["mean_cosine"] <= 1
+    assert result["value"] == dtl.accuracy(phase[1], world[0])  # test accuracy of what it ended with
+
+
+def test_an_attacker_trains_on_all_the_data_it_is_given(world, monkeypatch):
+    """No part is held out: every image, on the schedule and seed that was given."""
+    plan = dtl.Schedule(5, 0.03, 8, "crop")
+    (_, _, data, used, seed), _ = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker(), 9, plan)
+    assert torch.equal(data.x, world[0].x) and torch.equal(data.y, world[0].y) and used is plan and seed == 9
+    monkeypatch.setattr(dtl, "augmented", lambda images, how, generator: images)
+    steps = [dtl.batch(data, 8, k, seed, "none", torch.Generator())[0] for k in range(5)]
+    assert len({i.numpy().tobytes() for x in steps for i in x}) == 40  # an epoch of 5 steps has all 40 images
+
+
+def test_few_images_a_class(world, monkeypatch):
+    (_, _, data, _, _), _ = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker(per_class=3))
+    assert data.y.bincount().tolist() == [3] * 5
+    for x, y in zip(data.x, data.y):
+        assert any(torch.equal(x, other) for other in world[0].x[world[0].y == y])
+    assert torch.equal(data.x_test, world[0].x_test)
+    (_, _, data, _, _), _ = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker(per_class=99))
+    assert len(data.y) == 40
+
+
+def test_head_only(world, monkeypatch):
+    """The backbone's weights stay; its BatchNorm statistics are re-estimated, and the head learns."""
+    (before, after, *_), _ = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker(head_only=True))
+    assert same_weights(before.backbone, after.backbone) and same_weights(before.backbone, world[2].backbone)
+    assert not same_weights(before.head, after.head)
+    statistics = [n for n, b in after.named_buffers() if "running_mean" in n]
+    assert all(not torch.equal(dict(before.named_buffers())[n], dict(after.named_buffers())[n]) for n in statistics)
+    (before, after, *_), _ = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker())
+    assert not any(torch.equal(p, q) for p, q in zip(before.backbone.parameters(), after.backbone.parameters()))
+
+
+def test_noise_is_added_before_training(world, monkeypatch):
+    backbone = world[2].backbone
+    (plain, *_), _ = attacked(monkeypatch, backbone, world[0], dtl.Attacker())
+    (noisy, *_), _ = attacked(monkeypatch, backbone, world[0], dtl.Attacker(noise=0.2))
+    assert same_weights(plain.backbone, backbone)
+    a, b = (m.blocks[2].conv2.weight.detach() for m in (backbone, noisy.backbone))
+    assert (b - a).std() / a.std() == pytest.approx(0.2, rel=0.05)
+    assert torch.equal(noisy.backbone.stem[1].weight, backbone.stem[1].weight)  # BatchNorm's own stay
+
+
+def test_the_head_of_an_attack_is_new_by_seed_and_the_same_for_every_model(world, monkeypatch):
+    backbones = world[2].backbone, dtl.new_backbone("resnet8", 8, CPU)
+    (a, b), other = ([attacked(monkeypatch, m, world[0], dtl.Attacker(), seed)[0][0].head.weight for m in backbones]
+                     for seed in (7, 8))
+    assert torch.equal(a, b) and not torch.equal(a, other[0]) and a.shape == (5, 64)
+
+
+def test_mean_cosine_is_that_of_the_first_step(world, monkeypatch):
+    """Of chunk gradients of the attacker's first batch, through the victim's backbone and the attacker's new head."""
+    x, y = dtl.batch(world[0], 8, 0, 7, "none", torch.Generator())
+    (before, *_), result = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker(),
+                                    plan=dtl.Schedule(2, 0.05, 8, "none"))
+    expected = dtl.chunk_statistics(before.train(), x, y)
+    assert result["mean_cosine"] == pytest.approx(expected["mean_cosine"], abs=1e-6)
+
+
+def test_chunk_statistics_are_those_of_the_chunks(world):
+    model = dtl.Model(world[2].backbone, world[3]).train()
+    x, y = dtl.batch(world[0], 12, 0, 7, "none", torch.Generator())
+    before = tensors(model)
+    found = dtl.chunk_statistics(model, x, y, 3)
+    assert same(before, tensors(model))
+    flat = [torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x[i : i + 4]), y[i : i + 4]),
+                                                                 [*model.parameters()])]) for i in (0, 4, 8)]
+    cosines = [F.cosine_similarity(a.double(), b.double(), 0).item() for a, b in itertools.combinations(flat, 2)]
+    assert found["mean_cosine"] == pytest.approx(sum(cosines) / 3, abs=1e-5)
+    assert found["collision_rate"] == pytest.approx(sum(c < 0 for c in cosines) / 3)
+
+
+def test_the_published_attackers():
+    """The fixed one comes first, no two are the same, and the small set is a part of the whole."""
+    names = [*dtl.ATTACKERS]
+    assert names[0] == "fixed" and len(set(dtl.ATTACKERS.values())) == len(names)
+    assert dtl.ATTACKERS["fixed"] == dtl.Attacker() and set(dtl.SMALL) < set(names) and dtl.SMALL[0] == "fixed"
+    assert dtl.ATTACKERS["few"].per_class == dtl.ATTACKERS["few-long"].per_class == 10
+    assert {dtl.ATTACKERS[name].times for name in ("long", "adamw", "noise", "few-long")} == {4}
+    assert dtl.ATTACKERS["longer"].times == 20 and dtl.ATTACKERS["head"].head_only and dtl.ATTACKERS["noise"].noise > 0
+    assert dtl.ATTACKERS["adamw"].optimizer == "adamw"
+    rates = [dtl.ATTACKERS[name].lr for name in ("low", "long", "high")]
+    assert sorted(set(rates)) == rates
+
+
+# ------------------------------------------------------------------------------- what a run passes on to its stages
+
+
+STAGE_OF = dict(pretrained="pretrain", scratch="pretrain", oracle="pretrain", transferred="transfer",
+                **{f"disposed:{m}": "dispose" for m in dtl.METHODS})
+
+
+class Passed(Exception):
+    pass
+
+
+@pytest.fixture
+def passed(monkeypatch, new_run):
+    """passed(name, seed, **settings) -> what the stage that makes that model is called with, by argument name."""
+    import inspect
+
+    def call(name, seed=0, **given):
+        run, stage = new_run(seed=seed, **given), STAGE_OF[name]
+        seen = {}
+
+        def catch(*args, **kwargs):
+            seen.update(inspect.signature(original).bind(*args, **kwargs).arguments)
+            raise Passed
+
+        original = getattr(dtl, stage)
+        with monkeypatch.context() as patch:
+            if stage != "pretrain":
+                head = dtl.new_head(64, 3, 0, CPU)
+                made = {m: dtl.Model(dtl.new_backbone("resnet8", k, CPU), head) for k, m in
+                        enumerate(("pretrained", "transferred"))}
+                real = run.model
+                patch.setattr(run, "model", lambda m: real(m) if m == name else made[m], raising=False)
+                seen["made"] = made
+            patch.setattr(dtl, stage, catch)
+            with pytest.raises(Passed):
+                run.model(name)
+        return run, seen
+
+    return call
+
+
+def test_every_stage_gets_its_own_settings(passed):
+    given = dict(pretrain_steps=11, pretrain_lr=0.11, transfer_steps=12, transfer_lr=0.12, dispose_steps=13,
+                 dispose_lr=0.13, fresh_steps=14, fresh_lr=0.14, batch_size=6, augment="crop")
+    for name, (steps, lr) in {
+        "pretrained": (11, 0.11), "transferred": (12, 0.12), "disposed:uniform": (13, 0.13), "disposed:gc": (13, 0.13),
+        "scratch": (14, 0.14), "oracle": (14, 0.14), "disposed:gc-fresh": (14, 0.14), "disposed:distill-fresh": (14, 0.14),
+    }.items():  # fmt: skip
+        _, seen = passed(name, **given)
+        assert seen["schedule"] == dtl.Schedule(steps, lr, 6, "crop"), name
+
+
+def test_every_stage_gets_its_tasks_and_models(passed):
+    for name, task in (("pretrained", "source"), ("scratch", "target"), ("oracle", "oracle")):
+        run, seen = passed(name)
+        assert seen["source"] is run.task(task) and seen["network"] == "resnet8"
+    assert run.task("oracle").y.bincount().tolist() == [6, 6] and run.task("target").y.bincount().tolist() == [4, 4]
+    run, seen = passed("transferred")
+    assert seen["pretrained"] is seen["made"]["pretrained"] and seen["target"] is run.task("target")
+    run, seen = passed("disposed:gc", weights="gc=17", similarity="cos", gc_head="source", chunks=3, chunk_size=5)
+    assert seen["transferred"] is seen["made"]["transferred"]
+    assert seen["source_head"] is seen["made"]["pretrained"].head
+    assert seen["source"] is run.task("source") and seen["target"] is run.task("target")
+    assert seen["method"] is dtl.METHODS["gc"] and seen["weight"] == 17
+    assert (seen["similarity"], seen["gc_head"], seen["chunks"], seen["chunk_size"]) == ("cos", "source", 3, 5)
+    for method in ("uniform", "gc-fresh"):
+        _, seen = passed(f"disposed:{method}", weights="gc=17")
+        assert seen["method"] is dtl.METHODS[method] and seen["weight"] == dtl.METHODS[method].weight
+
+
+def test_two_stages_do_not_share_a_seed_nor_two_seeds_a_stage(passed):
+    seeds = {(name, seed): passed(name, seed)[1]["seed"] for seed in (0, 1)
+             for name in ("pretrained", "scratch", "transferred", "disposed:gc")}
+    assert len(set(seeds.values())) == 8
+    assert passed("disposed:uniform")[1]["seed"] == seeds["disposed:gc", 0]  # what is compared has the same batches
+    assert passed("oracle")[1]["seed"] == seeds["scratch", 0]
+
+
+def attack_passed(monkeypatch, run, attacker, attacker_seed=0, task="downstream", model="random"):
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(dtl, "piggyback", lambda backbone, task, how, plan, seed, progress: seen.append(
+            (backbone, task, how, plan, seed)) or {"value": 0.5, "mean_cosine": 0.0})
+        record = run.measure(model, "pl_accuracy", task, attacker, attacker_seed)
+    assert record["attacker"] == attacker and record["attacker_seed"] == attacker_seed and record["value"] == 0.5
+    return seen[0]
+
+
+@pytest.mark.parametrize("attacker", dtl.ATTACKERS)
+def test_every_attacker_gets_what_its_fields_say(monkeypatch, new_run, attacker):
+    run, how = new_run(attack_steps=3, batch_size=6, augment="crop"), dtl.ATTACKERS[attacker]
+    backbone, task, passed_on, plan, _ = attack_passed(monkeypatch, run, attacker)
+    assert passed_on is how and task is run.task("downstream") and backbone is run.model("random").backbone
+    assert plan == dtl.Schedule(3 * how.times, how.lr, 6, "crop", optimizer=how.optimizer)
+
+
+def test_attack_seeds(monkeypatch, new_run):
+    """By seed, task and attacker seed; the same for every attacker and model."""
+    runs = [new_run(seed=0), new_run("other", seed=1)]
+    seeds = {(r.seed, task, s): attack_passed(monkeypatch, r, "fixed", s, task)[-1]
+             for r in runs for task in dtl.PIGGYBACK_TASKS for s in (0, 1)}
+    assert len(set(seeds.values())) == 8
+    assert attack_passed(monkeypatch, runs[0], "long")[-1] == seeds[0, "downstream", 0]
+    monkeypatch.setattr(dtl, "pretrain", lambda *a: dtl.Model(dtl.new_backbone("resnet8", 3, CPU), dtl.new_head(
+        64, 2, 0, CPU)))
+    found = attack_passed(monkeypatch, runs[0], "fixed", model="scratch")
+    assert found[-1] == seeds[0, "downstream", 0] and found[0] is runs[0].model("scratch").backbone
+
+
+def test_accuracies_are_measured_through_the_models_own_head(monkeypatch, new_run):
+    """The pretrained model's on the source task, the others' on the target task."""
+    run = new_run(pretrain_steps=1, transfer_steps=1)
+    seen = spy(monkeypatch, "accuracy", lambda model, task: (model, task))
+    run.measure("pretrained", "source_accuracy")
+    run.measure("transferred", "target_accuracy")
+    (first, source), (second, target) = seen
+    assert first is run.model("pretrained") and source is run.task("source") and first.head.out_features == 3
+    assert second is run.model("transferred") and target is run.task("target") and second.head.out_features == 2
+
+
+# ------------------------------------------------------------------------------------------ BatchNorm's own statistics
 
 
 def test_running_statistics_kept_restores_itself_after_an_error(world):
@@ -166,7 +741,7 @@ def test_running_statistics_kept_restores_itself_after_an_error(world):
 
 
 def test_running_statistics_kept_twice_over_and_for_any_batchnorm():
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, track_running_stats=False))
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
     with dtl.running_statistics_kept(model):
         with dtl.running_statistics_kept(model):
             pass
@@ -174,40 +749,3 @@ def test_running_statistics_kept_twice_over_and_for_any_batchnorm():
     assert not model[0].running_mean.any() and [m.track_running_stats for m in model] == [True, False]
     model(torch.randn(4, 3) + 5)
     assert model[0].running_mean.all()
-
-
-def test_learning_rate_rises_then_falls_to_nearly_zero():
-    rates = [dtl.Schedule(100, 0.1, 8, 0.0, 5.0).lr_at(step) for step in range(100)]
-    assert max(rates) <= 0.1 and rates.index(max(rates)) in range(23, 27) and rates[0] < 0.01 and rates[-1] < 1e-4
-
-
-def test_interval_is_student_t():
-    mean, half = dtl_report.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
-    assert math.isnan(dtl_report.interval([5.0])[1])
-
-
-def record(seed, model, metric, value, task=None):
-    return dict(seed=seed, model=model, metric=metric, task=task, value=value, config="x")
-
-
-def test_normalised_leak_and_its_zero():
-    records = [record(s, "transferred", "target_accuracy", 0.5) for s in (0, 1)]
-    records += [record(s, m, "pl_accuracy", v, t) for s in (0, 1) for t in dtl.PIGGYBACK_TASKS
-                for m, v in (("transferred", 0.5), ("scratch", 0.1), ("disposed:gc", 0.2))]
-    records += [record(s, "disposed:gc", "target_accuracy", 0.48) for s in (0, 1)]
-    rows = dtl_report.summarise(records, dtl.REPORTED)
-    assert rows["disposed:gc"]["fixed leak downstream"] == pytest.approx([0.25, 0.25])  # zero: scratch
-    assert rows["disposed:gc"]["change"] == pytest.approx([-0.02, -0.02])
-    oracle = [record(s, "oracle", "pl_accuracy", 0.2, t) for s in (0, 1) for t in dtl.PIGGYBACK_TASKS]
-    rows = dtl_report.summarise(records + oracle, dtl.REPORTED)
-    assert rows["disposed:gc"]["fixed leak downstream"] == pytest.approx([0, 0], abs=1e-12)
-    assert dtl_report.zero_of(records + oracle) == "oracle" and dtl_report.zero_of(records + oracle[:2]) == "scratch"
-
-
-def test_weight_of_gc_rises(world, monkeypatch):
-    weights, collide = [], dtl.gradient_collision
-    monkeypatch.setattr(dtl, "gradient_collision", lambda *a: (weights.append(a[-1]), collide(*a))[1])
-    monkeypatch.setitem(dtl.METHODS, "gc-fresh", dtl.Method(dtl.gradient_collision, fresh=True))
-    dispose(world, "gc-fresh", forget_weight=8.0, gc_ramp=0.5, steps=4)
-    assert weights == [4.0, 8.0, 8.0, 8.0]
