@@ -34,7 +34,7 @@
 #define INLINE static inline __attribute__((always_inline))
 enum { GC_OK = 0, GC_ENULL = -1, GC_EROWS = -2, GC_ESIZE = -3, GC_EPATH = -4 };
 enum { GC_AUTO = 0, GC_GENERIC = 1, GC_FMA = 2, GC_AVX512 = 3, GC_NAIVE = 4 };
-enum { PANEL = 16, COLUMNS = 256, MAX_N = 1024, MAX_THREADS = 64, SHARE = 1 << 17 };
+enum { PANEL = 16, COLUMNS = 256, MAX_N = 1024, MAX_THREADS = 64, VALUES_A_THREAD = 1 << 17 };
 typedef double vec __attribute__((vector_size(LANES * sizeof(double)), may_alias));
 typedef double any_double __attribute__((aligned(1), may_alias));  /* at any byte */
 typedef float any_float __attribute__((aligned(1), may_alias));
@@ -43,8 +43,8 @@ typedef float any_float __attribute__((aligned(1), may_alias));
 struct part {
     const void *const *a, *const *b;
     size_t na, nb, from, to;
-    vec sum[PANEL][PANEL], rest[PANEL][PANEL];              /* rest: what rounding took from sum */
-    _Alignas(64) double block[2 * PANEL][COLUMNS];          /* the next 1 KB of rows b, then a, as doubles */
+    vec sum[PANEL][PANEL], rest[PANEL][PANEL];      /* rest: what rounding took from sum */
+    _Alignas(64) double block[2 * PANEL][COLUMNS];  /* the next 1 KB of rows b, then a, as doubles */
 };
 
 INLINE double value_at(size_t size, const void *row, size_t k)
@@ -131,7 +131,7 @@ static int run(size_t size, const void *const *rows, size_t n, size_t p, int thr
         return naive(size, rows, n, p, gram);
     path = path == GC_AUTO ? gc_best_path() : path;
     const int asked = threads < 1 ? omp_get_max_threads() : threads;
-    threads = (int)MIN((size_t)MIN(asked, MAX_THREADS), 1 + n * p / SHARE);
+    threads = (int)MIN((size_t)MIN(asked, MAX_THREADS), 1 + n * p / VALUES_A_THREAD);
     for (size_t i = 0; i < n; i += PANEL)
         for (size_t j = 0; j <= i; j += PANEL)
 #pragma omp parallel for ordered schedule(static, 1) num_threads(threads) if (threads > 1)

@@ -346,12 +346,12 @@ class Config:
     downstream: str = setting(TASKS, "cifar100[80:100]@50", "new data of the attacker's")
     subset_per_class: int = setting(TASKS, 50, "source images a class that the attacker has", low=1)
     oracle_per_class: int = setting(TASKS, 150, "target images a class of oracle; 0: all in the set")
-    split: str = setting(TASKS, "test", "measure on test images, or a held-out tenth", "test", "validation")
+    split: str = setting(TASKS, "test", "measured on, the latter a held-out tenth", "test", "validation")
     image_size: int = setting(TASKS, 0, "pixels a side, by area averaging; 0: as stored", high=4096)
     network: str = setting(TRAINING, "resnet18", "backbone", "resnet18", "resnet8")
     augment: str = setting(TRAINING, "crop,flip", "of training images", "crop,flip", "crop", "none")
     batch_size: int = setting(TRAINING, 128, "images a step", low=2, high=1e6)
-    precision: str = setting(TRAINING, "auto", "auto: bfloat16 on CUDA, but for GC", "auto", "float32")
+    precision: str = setting(TRAINING, "auto", "bfloat16 on CUDA, but for GC", "auto", "float32")
     pretrain_steps: int = setting(STAGE1, 15000, STEPS)
     pretrain_lr: float = setting(STAGE1, 0.1, PEAK, high=1e3)
     transfer_steps: int = setting(STAGE2, 1500, STEPS)
@@ -359,8 +359,8 @@ class Config:
     # OUR READING: the abstract gives neither similarity, chunks, head nor weights.
     dispose_steps: int = setting(STAGE3, 1500, STEPS)
     dispose_lr: float = setting(STAGE3, 0.02, PEAK, high=1e3)
-    similarity: str = setting(STAGE3, "dot", "of gradients: inner product or cosine", "dot", "cos")
-    gc_head: str = setting(STAGE3, "fresh", "of GC: random each step, or stage 1's", "fresh", "source")
+    similarity: str = setting(STAGE3, "dot", "of gradients", "dot", "cos")
+    gc_head: str = setting(STAGE3, "fresh", "of GC, random each step or stage 1's", "fresh", "source")
     chunks: int = setting(STAGE3, 4, "chunks of a source batch whose gradients collide", low=2, high=1e4)
     chunk_size: int = setting(STAGE3, 32, "images a chunk; rivals get as many in all", low=2, high=1e6)
     weights: str = setting("", "", "of the methods' forget losses, METHOD=NUMBER,...")
@@ -375,11 +375,12 @@ class Config:
                 raise DTLError(f"{option}: {value!r} is none of {', '.join(m['choices'])}")
             if f.type in (int, float) and not m["low"] <= value <= m["high"]:  # false for nan, too
                 raise DTLError(f"{option}: {value} is not a number from {m['low']:g} to {m['high']:g}")
+            if value == "" and f.name != "weights":
+                raise DTLError(f"{option} is missing: own data needs all three tasks, as in --source a.npz")
         self.weight_of()
 
-    def part(self, *groups: str) -> dict[str, Any]:
-        """The settings of these groups."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["group"] in groups}
+    def digest(self) -> str:
+        return digest(asdict(self))[:10]
 
     def weight_of(self) -> dict[str, float]:
         """'gc=30,uniform=1' -> {'gc': 30.0, 'uniform': 1.0}; of a method named twice the later."""
@@ -778,10 +779,10 @@ def train(model: nn.Module, step_loss: Callable, schedule: Schedule, seed: int, 
     optimizer = (torch.optim.AdamW if schedule.optimizer == "adamw" else sgd)(
         params, lr=schedule.lr, weight_decay=WEIGHT_DECAY, fused=True)
     generator, terms, first = torch.Generator(params[0].device), [], 0
-    if saved := progress.resume():
+    if saved := progress.path and load(progress.path, progress.key, progress.device):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+        first = progress.saved_step = saved["step"]
     model.train()
     for step in range(first, schedule.steps):
         progress.at(step, schedule.steps)
@@ -1021,24 +1022,24 @@ SMALL = ("fixed", "long", "adamw", "noise", "few")
 SAVE_EVERY = 30.0  # seconds between saves within a stage
 
 
-def stream(*names: object) -> int:
-    """A seed of 63 bits for what `names` name: independent of whatever ran before."""
-    return int(digest(repr(names))[:16], 16) >> 1
-
-
 def digest(value: Any) -> str:
     """sha256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def stream(*names: object) -> int:
+    """A seed of 63 bits for what `names` name: independent of whatever ran before."""
+    return int(digest(repr(names))[:16], 16) >> 1
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A full disk, a missing permission: one line."""
+    """A full disk or a missing permission is one line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise DTLError(f"cannot write {path}: {error.strerror}; then the same command again") from None
+        raise DTLError(f"cannot write {path}: {error.strerror}; then run the same command again") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -1052,8 +1053,7 @@ def write_atomically(path: Path, data: bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
 
 def append(path: Path, record: dict) -> None:
@@ -1072,17 +1072,15 @@ def save(path: Path, key: str, state: dict) -> None:
 
 def load(path: Path, key: str, device: torch.device) -> dict | None:
     """The state saved at `path` under `key`; None if there is none, or, with a warning, if it is damaged."""
+    if not path.exists():
+        return None
     try:
-        data = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(data) as archive:  # torch.save writes a zip file, with a checksum of each tensor
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip file, with a checksum of each tensor
             damaged = archive.testzip()
-        data.seek(0)
-        state = None if damaged else torch.load(data, map_location=device, weights_only=True)
+        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
         if state and state["key"] == key:
             return state
         reason = f"checksum of {damaged}" if damaged else "it is another stage's"
-    except FileNotFoundError:
-        return None
     except Exception as error:  # whatever a damaged archive makes the readers raise
         reason = f"unreadable, {type(error).__name__}"
     click.echo(f"warning: checkpoint {path} is damaged ({reason}); making it anew", err=True)
@@ -1090,19 +1088,19 @@ def load(path: Path, key: str, device: torch.device) -> dict | None:
 
 
 class Results(dict):
-    """OUT/results.jsonl, a line a measurement, by its `key`, the digest of all that it depends on. Each line
-    has its own digest, too; one that does not fit is passed over, told of, and measured anew."""
+    """OUT/results.jsonl, a line a measurement, by its `key`, the digest of all that it depends on. Each has a
+    digest of its own; one that does not fit is passed over, told of, and measured anew."""
 
     def __init__(self, out: Path) -> None:
         self.path, unfit = out / "results.jsonl", 0
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:
                 record = json.loads(line)
-                if record.pop("digest") != digest(record)[:8]:
-                    raise ValueError
-                self[record["key"]] = record
+                fits = record.pop("digest") == digest(record)[:8]
+                self |= {record["key"]: record} if fits else {}
             except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-                unfit += 1
+                fits = False
+            unfit += not fits
         if unfit:
             click.echo(f"warning: {self.path}: passed over {unfit} damaged or foreign lines", err=True)
 
@@ -1111,52 +1109,35 @@ class Results(dict):
         self[record["key"]] = record
 
 
-@functools.cache
-def git_revision() -> str:
-    try:
-        return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                                       text=True, timeout=10, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 class Progress:
     """Where a run is: on a terminal a line that is drawn over, else one every 20 seconds; the log; saves."""
 
     def __init__(self, out: Path | None = None, device: str | torch.device = "cpu", quiet: bool = True):
         self.out, self.device, self.quiet = out, torch.device(device), quiet
+        self.terminal, self.began = sys.stderr.isatty() and not quiet, time.monotonic()
         self.costs: list[float] = []  # of the stages to come, in plain steps, about
-        self.number, self.done, self.began, self.printed = 0, 0.0, time.monotonic(), time.monotonic()
-        self.terminal = sys.stderr.isatty() and not quiet
+        self.number, self.done, self.cost, self.printed = 0, 0.0, 0.0, self.began
         self.begin("stage")
 
     def begin(self, name: str, cost: float = 0.0, path: Path | None = None, key: str = "") -> None:
         """The next stage, and where its saves go."""
+        self.number, self.done = self.number + (cost > 0), self.done + self.cost
         self.name, self.cost, self.path, self.key = name, cost, path, key
         self.stage_began = self.saved = time.monotonic()
         self.step = self.steps = self.saved_step = 0
-
-    def end(self) -> None:
-        self.number, self.done = self.number + 1, self.done + self.cost
 
     def say(self, text: str) -> None:
         if not self.quiet:
             click.echo("\r\033[K" * self.terminal, err=True, nl=False)
             click.echo(text)
 
-    def resume(self) -> dict | None:
-        """What an earlier run has saved of this stage."""
-        saved = load(self.path, self.key, self.device) if self.path else None
-        self.saved_step = saved["step"] if saved else 0
-        return saved
-
     def at(self, step: int, steps: int) -> None:
         self.step, self.steps, now = step, steps, time.monotonic()
         if now - self.printed > (0.5 if self.terminal else 20):
             self.printed, done = now, self.done + self.cost * step / steps
             left = (now - self.began) * (sum(self.costs) / done - 1) / 60 if done else math.inf
-            line = f"stage {self.number + 1} of {len(self.costs)}, about {left:.0f} min left: {self.name}, "
-            line += f"step {step} of {steps}"
+            where = f"{self.name}, step {step} of {steps}"
+            line = f"stage {self.number} of {len(self.costs)}, about {left:.0f} min left: {where}"
             click.echo(f"\r{line:.78}\033[K", err=True, nl=False) if self.terminal else self.say(line)
 
     def fetched(self, step: int, steps: int, terms: dict[str, float], state: Callable[[], dict]) -> None:
@@ -1170,10 +1151,6 @@ class Progress:
             self.saved, self.saved_step = time.monotonic(), step
         if step == steps:
             self.say(f"{self.name}: {steps} steps in {seconds:.1f} s, {show(terms)}")
-
-    def interrupted(self) -> str:
-        kept = f"saved up to step {self.saved_step}" if self.saved_step else "nothing of it saved yet"
-        return f"{self.name} was at step {self.step} of {self.steps}, {kept}"
 
 
 def show(terms: dict[str, float]) -> str:
@@ -1202,21 +1179,20 @@ class Run:
             raise DTLError(f"the source task's {count['source']} images are fewer than --subset-per-class "
                            f"{config.subset_per_class}, or --chunks {config.chunks} of --chunk-size "
                            f"{config.chunk_size}, ask for")
-        self.config = replace(config, **{
-            name: max(least, epochs * (count[task] // config.batch_size))
-            for name, (task, epochs, least) in EPOCHS.items() if getattr(config, name) == 0})
+        by_size = {name: max(least, epochs * (count[task] // config.batch_size))
+                   for name, (task, epochs, least) in EPOCHS.items() if getattr(config, name) == 0}
+        self.config = replace(config, **by_size)
 
     @functools.cache
     def task(self, name: str) -> Task:
         """`source`, `target`, `source-subset`, `downstream`, or `oracle`: more images of the target."""
-        c, subset, more = self.config, self.config.subset_per_class, self.config.oracle_per_class
-        option, spec = {
-            "source-subset": ("subset-per-class", f"{c.source.split('@')[0]}@{subset}"),
-            "oracle": ("oracle-per-class", c.target.split("@")[0] + f"@{more}" * bool(more)),
-        }.get(name) or (name, getattr(c, name))
+        c, option, more = self.config, name, self.config.oracle_per_class
+        spec = {"source-subset": f"{c.source.split('@')[0]}@{c.subset_per_class}",
+                "oracle": c.target.split("@")[0] + f"@{more}" * bool(more)}.get(name) or getattr(c, name)
         try:
             return load_task(spec, self.seed, self.data_dir, self.device, c.split, c.image_size)
         except DTLError as error:
+            option = {"source-subset": "subset-per-class", "oracle": "oracle-per-class"}.get(name, name)
             raise DTLError(f"--{option}: {error}") from None
 
     def schedule(self, steps: int, lr: float, optimizer: str = "sgd") -> Schedule:
@@ -1224,21 +1200,19 @@ class Run:
 
     def recipe(self, name: str) -> tuple[list, float, Callable[[], Model]]:
         """(what a model depends on, about how many plain steps it takes, how to make it)."""
-        c, seed, progress, task = self.config, self.seed, self.progress, self.task
-        if name == "random":
-            return [c.network], 0, lambda: Model(new_backbone(c.network, stream(seed, name), self.device),
-                                                 new_head(1, 2, 0, self.device))
-        if name in ("pretrained", "scratch", "oracle"):
-            data = task({"pretrained": "source", "scratch": "target"}.get(name, name))
-            group, *how = (STAGE1, c.pretrain_steps, c.pretrain_lr) if name == "pretrained" else (
-                FRESH, c.fresh_steps, c.fresh_lr)
-            return [c.part(TRAINING, group), data.fingerprint], how[0], lambda: pretrain(
-                data, c.network, self.schedule(*how), stream(seed, group), progress)
-        if name == "transferred":
-            depends = [self.key("pretrained"), c.part(STAGE2), task("target").fingerprint]
-            return depends, c.transfer_steps, lambda: transfer(
-                self.model("pretrained"), task("target"), self.schedule(c.transfer_steps, c.transfer_lr),
-                stream(seed, STAGE2), progress)
+        c, progress, task = self.config, self.progress, self.task
+        plain = {"random": ("source", FRESH, 0, 0.0),
+                 "pretrained": ("source", STAGE1, c.pretrain_steps, c.pretrain_lr),
+                 "scratch": ("target", FRESH, c.fresh_steps, c.fresh_lr),
+                 "oracle": ("oracle", FRESH, c.fresh_steps, c.fresh_lr),
+                 "transferred": ("target", STAGE2, c.transfer_steps, c.transfer_lr)}
+        if name in plain:
+            data, part, *how = plain[name]
+            how, seed, moved = self.schedule(*how), stream(self.seed, part, how[0]), name == "transferred"
+            before = self.key("pretrained") if moved else c.network
+            return [before, asdict(how), task(data).fingerprint], how.steps, lambda: (
+                transfer(self.model("pretrained"), task(data), how, seed, progress) if moved else
+                pretrain(task(data), c.network, how, seed, progress))
         method = METHODS[short := name.removeprefix("disposed:")]
         how = (c.fresh_steps, c.fresh_lr) if method.fresh else (c.dispose_steps, c.dispose_lr)
         how, weight = self.schedule(*how), c.weight_of().get(short, method.weight)
@@ -1247,14 +1221,13 @@ class Run:
         cost = how.steps * (1.3 + cost * c.chunks * c.chunk_size / c.batch_size)
         return [self.key("transferred"), asdict(how), weight, options], cost, lambda: dispose(
             self.model("transferred"), self.model("pretrained").head, task("source"), task("target"), method,
-            how, stream(seed, STAGE3), progress, network=c.network, weight=weight, **options)
+            how, stream(self.seed, STAGE3), progress, network=c.network, weight=weight, **options)
 
     @functools.cache
     def key(self, *names: Any) -> str:
         """The digest of everything configured up to a model, or to a number."""
         depends = self.recipe(*names)[0] if len(names) == 1 else []
-        machine = [RECIPE, torch.__version__, self.device.type, self.mixed]
-        return digest([*machine, self.seed, *names, *depends])[:16]
+        return digest([RECIPE, torch.__version__, self.device.type, self.seed, *names, *depends])[:16]
 
     def path(self, name: str) -> Path:
         file = f"{name.replace(':', '-')}-seed{self.seed}-{self.key(name)}.pt"
@@ -1264,66 +1237,59 @@ class Run:
     def model(self, name: str) -> Model:
         """`random`, `pretrained`, `scratch`, `oracle`, `transferred`, `disposed:METHOD`: loaded or made."""
         path, (_, cost, make) = self.path(name), self.recipe(name)
-        part = path.with_suffix(".part.pt")
-        state = load(path, self.key(name), self.device)
+        part, state = path.with_suffix(".part.pt"), load(path, self.key(name), self.device)
         if state is None:
             if name.startswith("disposed"):
                 self.model("transferred")  # a stage of its own
             self.progress.begin(f"seed {self.seed} {name}", cost, part, self.key(name))
             made = make()
-            self.progress.end()
             state = {"backbone": made.backbone.state_dict(), "head": made.head.state_dict()}
             save(path, self.key(name), state)
             part.unlink(missing_ok=True)
-        classes, features = state["head"]["weight"].shape
-        model = Model(new_backbone(self.config.network, 0, self.device),
-                      new_head(features, classes, 0, self.device), self.mixed)
+        head = new_head(*state["head"]["weight"].shape[::-1], 0, self.device)
+        model = Model(new_backbone(self.config.network, 0, self.device), head, self.mixed)
         model.backbone.load_state_dict(state["backbone"])
         model.head.load_state_dict(state["head"])
         return model.eval()
 
     def number(self, model: str, metric: str, task: str | None = None, attacker: str | None = None,
-               attacker_seed: int | None = None) -> tuple[dict, float, Callable[[], dict]]:
-        """(the line of results.jsonl but for its value, how many plain steps it takes, how to measure it)."""
-        data, record = self.task(task or metric.split("_")[0]), dict(seed=self.seed, model=model)
-        record |= dict(metric=metric, task=task, attacker=attacker, attacker_seed=attacker_seed)
-        if attacker is None:
-            key = self.key(metric, self.key(model), data.fingerprint)
-            return record | {"key": key}, 0, lambda: {"value": accuracy(self.model(model), data)}
-        how, seed = ATTACKERS[attacker], stream(self.seed, "piggyback", task, attacker_seed)
-        schedule = self.schedule(how.times * self.config.attack_steps, how.lr, how.optimizer)
+               attacker_seed: int | None = None) -> tuple[dict, Task, Schedule | None]:
+        """(the line of results.jsonl but for its value, the task measured on, how the attacker trains)."""
+        data, how = self.task(task or metric.split("_")[0]), ATTACKERS.get(attacker)
+        schedule = how and self.schedule(how.times * self.config.attack_steps, how.lr, how.optimizer)
         key = self.key(metric, self.key(model), data.fingerprint, str(how), str(schedule), attacker_seed)
-
-        def measure() -> dict:
-            backbone = self.model(model).backbone
-            self.progress.begin(f"seed {self.seed} {model} {task} {attacker}", schedule.steps)
-            reached = piggyback(backbone, data, how, schedule, seed, self.progress)
-            self.progress.end()
-            return reached
-
-        return record | {"key": key}, schedule.steps, measure
+        return dict(seed=self.seed, model=model, metric=metric, task=task, attacker=attacker,
+                    attacker_seed=attacker_seed, key=key), data, schedule
 
     def measure(self, *which: Any) -> dict:
         """A line of results.jsonl, found by its key or made now. which: as in `number`."""
-        record, _, measure = self.number(*which)
+        record, data, schedule = self.number(*which)
         if record["key"] not in self.results:
-            began = time.monotonic()
-            record |= measure() | dict(config=digest(asdict(self.config))[:10], revision=git_revision(),
-                                       seconds=round(time.monotonic() - began, 1))
+            model, began = self.model(record["model"]), time.monotonic()
+            name = f"seed {self.seed} {' '.join(str(w) for w in which if w)}"
+            if schedule is None:
+                record["value"] = accuracy(model, data)
+            else:
+                self.progress.begin(name, schedule.steps)
+                seed = stream(self.seed, "piggyback", record["task"], record["attacker_seed"])
+                attacker = ATTACKERS[record["attacker"]]
+                record |= piggyback(model.backbone, data, attacker, schedule, seed, self.progress)
+            record |= dict(config=self.config.digest(), revision=git_revision(),
+                           seconds=round(time.monotonic() - began, 1))
             self.results.add(record)
-            self.progress.say(f"seed {self.seed} {' '.join(map(str, which))}: {100 * record['value']:.1f} %")
+            self.progress.say(f"{name}: {100 * record['value']:.1f} %")
         return self.results[record["key"]]
 
+
 # ---------------------------------------- The report ----------------------------------------
-# Rows are models, columns what was measured; report.md, its closing words and the picture come from the same
-# rows.
+# Rows are models, columns what was measured; report.md, its closing words and the picture come from them.
 
 Interval = tuple[float, float, float]  # value, and its 95% bootstrap interval over seeds
 
 
 class Rows:
-    """What was measured. values: (model, metric, task, attacker or "worst") -> (seeds,), means over attacker
-    seeds."""
+    """What was measured. values: (model, metric, task, attacker or "worst") -> (seeds,), each a mean over
+    attacker seeds; cosines: the same of the attacker's chunk gradients at its step 0."""
 
     def __init__(self, records: Sequence[dict], models: Sequence[str]) -> None:
         found: dict[tuple, dict[int, list]] = {}
@@ -1331,25 +1297,23 @@ class Rows:
             of_seed = found.setdefault((r["model"], r["metric"], r["task"], r["attacker"]), {})
             of_seed.setdefault(r["seed"], []).append([r["value"], r.get("mean_cosine", 0.0)])
         pairs = {k: np.array([np.mean(v, 0) for _, v in sorted(seeds.items())]) for k, seeds in found.items()}
-        self.values = {k: pair[:, 0] for k, pair in pairs.items()}
-        self.cosines = {k: pair[:, 1].mean() for k, pair in pairs.items()}
+        self.values, self.cosines = ({k: pair[:, i] for k, pair in pairs.items()} for i in (0, 1))
         self.attackers = [a for a in ATTACKERS if any(k[3] == a for k in pairs)]
         self.models = [m for m in models if any(k[0] == m and k[3] for k in pairs)]
-        for model in self.models:  # the worst case: the attacker that reaches most on test images
-            for task in PIGGYBACK_TASKS:
-                tried = [self.values[model, "pl_accuracy", task, attacker] for attacker in self.attackers]
-                self.values[model, "pl_accuracy", task, "worst"] = max(tried, key=np.mean)
+        for m, task in [(m, task) for m in self.models for task in PIGGYBACK_TASKS]:
+            tried = [self.values[m, "pl_accuracy", task, attacker] for attacker in self.attackers]
+            self.values[m, "pl_accuracy", task, "worst"] = max(tried, key=np.mean)  # which reaches most
 
-    def get(self, what: str, model: str, task: str = None, attacker: str = None) -> Interval | None:
-        """`target` accuracy, its `change` by disposal; `pl` accuracy, its `points` above oracle, and the
-        `leak`: 0 as oracle, which never saw the source, 1 as transferred; a ratio of means over seeds."""
+    def get(self, what: str, model: str, task: str | None = None, attacker: str = "") -> Interval | None:
+        """`target` accuracy, its `change` by disposal; `pl` accuracy, its `points` above oracle, and `leak`:
+        0 as oracle, which never saw the source, 1 as transferred; a ratio of means over seeds."""
         against = {"change": ["transferred"], "points": ["oracle"], "leak": ["transferred", "oracle"]}
-        against = against.get(what, [])
-        columns = [self.values.get((m, "pl_accuracy" if task else "target_accuracy", task, attacker))
-                   for m in (model, *against)]
+        where = ("pl_accuracy", task, attacker) if task else ("target_accuracy", None, None)
+        columns = [self.values.get((m, *where)) for m in (model, *against.get(what, []))]
         if any(c is None for c in columns) or what == "leak" and self.why_no_leak(task, attacker):
             return None
-        statistic = (lambda a: a, np.subtract, lambda pl, top, zero: (pl - zero) / (top - zero))[len(against)]
+        ratio = lambda pl, top, zero: (pl - zero) / (top - zero)  # noqa: E731
+        statistic = (lambda a: a, np.subtract, ratio)[len(columns) - 1]
         drawn = np.random.default_rng(0).integers(0, len(columns[0]), (10000, len(columns[0])))  # whole seeds
         interval = np.percentile(statistic(*(c[drawn].mean(1) for c in columns)), (2.5, 97.5))
         return statistic(*(c.mean() for c in columns)), *interval
@@ -1360,38 +1324,37 @@ class Rows:
         if top is None or zero is None:
             return ("no leak: there is no oracle, since all target images are in use; a target task of fewer "
                     "images a class, as in b.npz@20, leaves some for it")
-        gap, least = 100 * (top - zero), 3.0
-        least = max(least, 2 * gap.std(ddof=1) / len(gap) ** 0.5) if len(gap) > 1 else least
+        gap = 100 * (top - zero)
+        least = max(3.0, 2 * gap.std(ddof=1) / len(gap) ** 0.5 if len(gap) > 1 else 0.0)
         return "" if gap.mean() >= least else (
-            f"no leak on {task}: transferred is {gap.mean():.1f} points above oracle, not {least:.1f} or more; "
+            f"no leak on {task}: transferred is {gap.mean():.1f} points above oracle, under {least:.1f}: "
             "more source data, a longer stage 1 or more seeds may help")
 
 
-def cell(found: Interval | None, style: str = ".1f", scale: float = 100) -> str:
+def cell(found: Interval | None, style: str = ".1f", scale: float = 100, interval: bool = True) -> str:
     """48.5, or with an interval 48.5 (46.1, 50.9)."""
-    if found is None:
-        return "-"
-    value, low, high = (f"{scale * f:{style}}" for f in found)
-    return value if low == high else f"{value} ({low}, {high})"
+    value, low, high = (f"{scale * f:{style}}" for f in found) if found else "---"
+    return value if low == high or not interval else f"{value} ({low}, {high})"
 
 
 def tables(rows: Rows) -> list[str]:
     """Markdown: one table a piggyback task; of several attackers, their PL accuracies, too."""
-    lines, kinds = [], ["worst"] + ["fixed"] * ("fixed" in rows.attackers and len(rows.attackers) > 1)
-    names = [f"{kind} " * (len(rows.attackers) > 1) for kind in kinds]
+    short, several = functools.partial(cell, interval=False), len(rows.attackers) > 1
+    kinds = {"worst": "worst ", "fixed": "fixed "} if several and "fixed" in rows.attackers else {"worst": ""}
+    lines = []
     for task in PIGGYBACK_TASKS:
-        head = [task, "target %", "change", *(n + c for n in names for c in ("PL %", "leak")), "cosine"]
-        table, others = [head], [[f"PL %, {task}", *rows.attackers]]
+        head = [name + column for name in kinds.values() for column in ("PL %", "leak")]
+        table = [[task, "target %", "change", *head, "cosine"]]
+        others = [[f"PL %, {task}", *rows.attackers]]
         for m in rows.models:
-            row = [m.removeprefix("disposed:"), cell(rows.get("target", m)).split()[0],
-                   cell(rows.get("change", m), "+.1f").split()[0]]
-            others.append([row[0], *(cell(rows.get("pl", m, task, a)).split()[0] for a in rows.attackers)])
+            target, change = rows.get("target", m), rows.get("change", m)
+            row = [m.removeprefix("disposed:"), short(target), short(change, "+.1f")]
+            others.append([row[0], *(short(rows.get("pl", m, task, a)) for a in rows.attackers)])
             for kind in kinds:
-                points = cell(rows.get("points", m, task, kind), "+.1f").split()[0].strip("-")
-                row += [f"{cell(rows.get('pl', m, task, kind)).split()[0]} {points}".strip(),
-                        cell(rows.get("leak", m, task, kind), ".2f", 1)]
-            table.append([*row, f"{rows.cosines[m, 'pl_accuracy', task, rows.attackers[0]]:+.2f}"])
-        for cells in (table, others)[: 1 + (len(rows.attackers) > 1)]:
+                pl, points, leak = (rows.get(what, m, task, kind) for what in ("pl", "points", "leak"))
+                row += [f"{short(pl)} {short(points, '+.1f')}", cell(leak, ".2f", 1)]
+            table.append([*row, f"{rows.cosines[m, 'pl_accuracy', task, rows.attackers[0]].mean():+.2f}"])
+        for cells in (table, others) if several else (table,):
             widths = [max(map(len, column)) for column in zip(*cells)]
             cells.insert(1, ["-" * width for width in widths])
             lines += ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells] + [""]
@@ -1401,16 +1364,15 @@ def tables(rows: Rows) -> list[str]:
 def in_words(rows: Rows) -> list[str]:
     """What was seen, with its numbers."""
     lines = list(dict.fromkeys(filter(None, map(rows.why_no_leak, PIGGYBACK_TASKS))))
-    for m in rows.models:
-        if METHODS.get(m.removeprefix("disposed:"), Method()).forget is gradient_collision:
-            said = f"In words: {m.removeprefix('disposed:')} keeps {cell(rows.get('target', m))}%"
-            said += f" on the target task ({cell(rows.get('change', m), '+.1f')} points)."
-            for task, data in zip(PIGGYBACK_TASKS, ("source data", "new data")):
-                pl, top, zero = (cell(rows.get("pl", x, task, "worst")) for x in (m, "transferred", "oracle"))
-                leak = cell(rows.get("leak", m, task, "worst"), ".2f", 1)
-                said += f" On {data} an attacker reaches {pl}%, {top}% without disposal, {zero}% had the source"
-                said += " never been seen" + f": a leak of {leak}" * (leak != "-") + "."
-            lines += ["", said]
+    for m in (m for m in ("disposed:gc", "disposed:gc-fresh") if m in rows.models):
+        target, change = cell(rows.get("target", m)), cell(rows.get("change", m), "+.1f")
+        name = m.removeprefix("disposed:")
+        lines += ["", f"In words: {name} keeps {target}% on the target task ({change} points)."]
+        for task, data in zip(PIGGYBACK_TASKS, ("source data", "new data")):
+            pl, top, zero = (cell(rows.get("pl", x, task, "worst")) for x in (m, "transferred", "oracle"))
+            leak = cell(rows.get("leak", m, task, "worst"), ".2f", 1)
+            lines[-1] += (f" On {data} an attacker reaches {pl}%, {top}% without disposal, {zero}% had the "
+                          f"source never been seen: a leak of {leak}.")
     return lines
 
 
@@ -1423,27 +1385,23 @@ def picture(path: Path, rows: Rows) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [m for m in rows.models if m not in ("random", "oracle")]
-    size = (10, 1.5 + 0.32 * len(shown))
+    shown, several = [m for m in rows.models if m not in ("random", "oracle")], len(rows.attackers) > 1
+    size, kinds = (10, 1.5 + 0.32 * len(shown)), {"worst": ("k", "strongest"), "fixed": ("w", "fixed")}
     chart, panels = pyplot.subplots(1, 3, figsize=size, layout="constrained", sharey=True)
-    several = len(rows.attackers) > 1
-    kinds = {"worst": ("k", "strongest"), "fixed": ("w", "fixed")} if several else {"worst": ("k", "")}
     titles = ("target accuracy kept, %", "attacker gets on source data, %", "attacker gets on new data, %")
     for panel, task, title in zip(panels, (None, *PIGGYBACK_TASKS), titles):
         what = "pl" if task else "target"
         for model, style, words in (("oracle", "--", "never seen"), ("transferred", "-", "no disposal")):
-            level = rows.get(what, model, task, task and "worst")
-            if level and (task or model == "transferred"):
+            if (level := rows.get(what, model, task, "worst")) and (task or model == "transferred"):
                 panel.axvline(100 * level[0], color="0.6", lw=1, ls=style, zorder=0)
                 panel.annotate(words, (100 * level[0], -0.6), ha="center", va="bottom", fontsize=7)
         for y, model in enumerate(shown):
-            for kind, (fill, words) in (kinds if task else {None: ("k", "")}).items():
+            for kind, (fill, words) in kinds.items() if task and several else (("worst", ("k", "")),):
                 if found := rows.get(what, model, task, kind):
                     value, *interval = (100 * f for f in found)
                     panel.plot(interval, [y, y], color="k", lw=1.2)
                     panel.plot(value, y, "o", color="k", mfc=fill, ms=6)
-                    if model == shown[-1]:
-                        panel.annotate(words, (value, y + 0.7), ha="center", fontsize=7)
+                    panel.annotate(words * (model == shown[-1]), (value, y + 0.7), ha="center", fontsize=7)
         panel.set_title(title, fontsize=9, pad=14)
         panel.set(ylim=(len(shown) - 0.2, -0.6))
         panel.set_yticks(range(len(shown)), [m.removeprefix("disposed:") for m in shown])
@@ -1459,97 +1417,110 @@ def picture(path: Path, rows: Rows) -> None:
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun's
 
 
+def git_revision() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, timeout=10,
+                                       stderr=subprocess.DEVNULL).strip()
+    return "unknown"
+
+
 def find_device(gpu: int | None, precision: str) -> torch.device:
     if gpu is None:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise DTLError(f"--gpu {gpu}: this PyTorch ({torch.__version__}) sees no CUDA device; install a CUDA "
-                       "build and driver, or leave --gpu out to run on the CPU")
-    gpu += int(os.environ.get("LOCAL_RANK", 0))
-    if not 0 <= gpu < torch.cuda.device_count():
-        raise DTLError(f"--gpu {gpu}: the CUDA devices here are 0..{torch.cuda.device_count() - 1}")
+    count, gpu = torch.cuda.device_count(), gpu + int(os.environ.get("LOCAL_RANK", 0))
+    if not 0 <= gpu < count:
+        raise DTLError(f"--gpu {gpu}: this PyTorch ({torch.__version__}) sees {count} CUDA devices, "
+                       "numbered from 0; without --gpu it runs on the CPU")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, precision == "auto"
     return torch.device("cuda", gpu)
 
 
-def configure(preset: str | None, gpu: int | None, given: dict[str, Any]) -> tuple[str, Config]:
-    """The preset that is meant, and its settings, but for those given."""
-    tasks = ("source", "target", "downstream")
-    own = any(".npz" in (given[task] or "") for task in tasks)
-    preset = preset or ("own" if own else "demo" if gpu is None else "cifar")
-    settings = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
-    settings["weights"] = f"{PRESETS[preset].get('weights', '')},{given['weights'] or ''}".strip(",")
-    if missing := [f"--{task}" for task in tasks if settings.get(task) == ""]:
-        raise DTLError(f"{', '.join(missing)} missing: own data needs all three tasks, as in --source a.npz")
-    return preset, Config(**settings)
+def names_in(option: str, text: str, known: Sequence[str], **sets: Sequence[str]) -> list[str]:
+    """NAME,NAME,... of what is known, or the name of a set of them."""
+    names = list(sets.get(text, text.split(",")))
+    if set(names) - set(known) or len(set(names)) < len(names):
+        raise DTLError(f"{option} {text[:60]!r}: not a list of {', '.join([*sets, *known])}, each once")
+    return names
 
 
-def run(stage: str, preset: str | None, gpu: int | None, seeds: list, methods: list | None, attackers: list,
+def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, attackers: str,
         attacker_seeds: int, out: Path, data_dir: Path, **given: Any) -> None:
     """What every command does: make the models it needs, layer by layer, measure them, report. Under torchrun
     every rank takes its share of each layer, and files are how results travel."""
-    preset, config = configure(preset, gpu, given)
+    given = {name: value for name, value in given.items() if value is not None}
+    own = ".npz" in "".join(given.get(task, "") for task in ("source", "target", "downstream"))
+    preset = preset or ("own" if own else "demo" if gpu is None else "cifar")
+    given["weights"] = f"{PRESETS[preset].get('weights', '')},{given.get('weights', '')}".strip(",")
+    config = Config(**PRESETS[preset] | given)
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", seeds) or len(set(seeds.split(","))) < len(seeds.split(",")):
+        raise DTLError(f"--seeds {seeds[:60]!r}: not a list of whole numbers like 0,1,2, each once")
+    methods = methods or ("toy" if preset in ("demo", "own") else "all")
+    methods = [f"disposed:{m}" for m in names_in("--methods", methods, METHODS, all=METHODS, toy=TOY_METHODS)]
+    attackers = names_in("--attackers", attackers or ("small" if stage == "audit" else "fixed"), ATTACKERS,
+                         small=SMALL, full=ATTACKERS)
     progress, results = Progress(out, find_device(gpu, config.precision), quiet=RANK > 0), Results(out)
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    runs = [Run(config, int(seed), data_dir, progress, results) for seed in seeds]
+    runs = [Run(config, int(seed), data_dir, progress, results) for seed in seeds.split(",")]
     config = runs[0].config  # with its steps, where they follow the data
-    methods = [f"disposed:{m}" for m in methods or (TOY_METHODS if preset in ("demo", "own") else METHODS)]
-    models = {"pretrain": [], "transfer": ["transferred"], "all": [*REFERENCES, *methods]}
-    attacks = [(task, a, s) for task in PIGGYBACK_TASKS for a in attackers for s in range(attacker_seeds)]
 
-    numbers = [(r, ("pretrained", "source_accuracy")) for r in runs]
+    attacks = [(t, a, s) for t in PIGGYBACK_TASKS for a in attackers for s in range(attacker_seeds)]
+    attacks = attacks if stage in ("piggyback", "all", "audit") else []
+    models = {"pretrain": [], "transfer": ["transferred"], "dispose": ["transferred", *methods],
+              "piggyback": ["transferred", *methods]}.get(stage, [*REFERENCES, *methods])
     layers: list[list] = [[], [], [], []]  # each in need of those before: (about how many plain steps, work)
+    numbers = []
     for r in runs:
-        for m in ["pretrained", *models.get(stage, ["transferred", *methods])]:
-            if m == "oracle" and not r.has_oracle:
-                continue
+        for m in ["pretrained", *(m for m in models if m != "oracle" or r.has_oracle)]:
             if not r.path(m).exists():
                 layers[2 if m in methods else m == "transferred"].append((r.recipe(m)[1], r.model, m))
-            numbers += [(r, (m, "target_accuracy"))] * (m not in ("pretrained", "random"))
-            numbers += [(r, (m, "pl_accuracy", *a)) for a in attacks
-                        if m != "pretrained" and stage in ("piggyback", "all")]
-    for r, which in numbers:
-        record, cost, _ = r.number(*which)
-        layers[3] += [(cost, r.measure, *which)] * (record["key"] not in results)
+            if m != "random":
+                numbers.append((r, m, "source_accuracy" if m == "pretrained" else "target_accuracy"))
+            numbers += [(r, m, "pl_accuracy", *attack) for attack in attacks if m != "pretrained"]
+    for r, *which in numbers:
+        record, _, schedule = r.number(*which)
+        if record["key"] not in results:
+            layers[3].append((schedule.steps if schedule else 0, r.measure, *which))
     layers = [layer[RANK::WORLD] for layer in layers]
     progress.costs = [cost for layer in layers for cost, *_ in layer if cost]
 
-    command, name = "python dtl.py " + " ".join(sys.argv[1:]), f"config {digest(asdict(config))[:10]}"
     machine = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}" if gpu is None else (
         f"{torch.cuda.get_device_name(progress.device)}, CUDA {torch.version.cuda}")
-    versions = (f"revision {git_revision()}, Python {platform.python_version()}, torch {torch.__version__}, "
-                f"numpy {np.__version__}, {machine}")
-    progress.say(f"{command}\n{versions}\npreset {preset}, {name}, seeds {','.join(seeds)}\nnative routine: "
-                 f"{native_routine()[1]}; {len(progress.costs)} stages to come")
-    for key, value in asdict(config).items():
-        progress.say(f"  {key:<17} {value}")
-    for key, task in runs[0].tasks.items():
-        progress.say(f"  {key:<17} {len(task.y)} training, {len(task.y_test)} {config.split} images, "
-                     f"{task.classes} classes, {task.x.shape[2]}x{task.x.shape[3]}")
-    if RANK == 0:
-        append(out / "log.jsonl", dict(command=command, versions=versions, settings=asdict(config)))
-
-    for layer in layers:
-        for _, work, *which in layer:
-            work(*which)
-        if WORLD > 1:
-            torch.distributed.barrier()
-    if RANK > 0 or stage not in ("piggyback", "all"):
+    about = [f"python dtl.py {' '.join(sys.argv[1:])}",
+             f"preset {preset}, config {config.digest()}, seeds {seeds}",
+             f"revision {git_revision()}, Python {platform.python_version()}, torch {torch.__version__}, "
+             f"numpy {np.__version__}, {machine}"]
+    for line in (*about, f"native routine: {native_routine()[1]}; {len(progress.costs)} stages to come",
+                 *(f"  {name:<17} {value}" for name, value in asdict(config).items()),
+                 *(f"  {name:<17} {len(t.y)} training, {len(t.y_test)} {config.split} images, {t.classes} "
+                   f"classes, {t.x.shape[2]}x{t.x.shape[3]}" for name, t in runs[0].tasks.items())):
+        progress.say(line)
+    append(out / "log.jsonl", dict(about=about, settings=asdict(config)))
+    try:
+        for layer in layers:
+            for _, work, *which in layer:
+                work(*which)
+            if WORLD > 1:
+                torch.distributed.barrier()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{progress.name} was at step {progress.step} of {progress.steps}, saved up "
+                                f"to step {progress.saved_step}") from None
+    if RANK > 0 or not attacks:
         return
-    results.__init__(out) if WORLD > 1 else None  # with what the other ranks have added
-    records = [r.measure(*which) for r, which in numbers]
-    rows, source = Rows(records, [*REFERENCES, *methods]), np.mean([r["value"] for r in records[: len(runs)]])
+    results.__init__(out)  # with what other ranks have added
+    records = [r.measure(*which) for r, *which in numbers]
+    source = np.mean([r["value"] for r in records if r["metric"] == "source_accuracy"])
+    rows = Rows(records, [*REFERENCES, *methods])
     text = "\n".join([
         f"Source `{config.source}`, target `{config.target}`, piggyback `source-subset` (the source @"
         f"{config.subset_per_class}) and `downstream` (`{config.downstream}`); {config.network}; "
-        f"{config.split} images; seeds {', '.join(seeds)}; accuracy after stage 1 {100 * source:.1f}%.", "",
+        f"{config.split} images; seeds {seeds}; accuracy after stage 1 {100 * source:.1f}%.", "",
         "PL: accuracy that an attacker reaches, and points above `oracle`, which never saw the source; lower "
         "is better. Leak: 0 as `oracle`, 1 as `transferred`; below 0 is hard to train, not more forgotten. "
-        "Cosine: of the attacker's chunk gradients at step 0."
-        + " In brackets: 95% bootstrap intervals over seeds." * (len(seeds) > 1)
-        + f" Worst: the strongest of {len(attackers)} attackers on each model." * (len(attackers) > 1), "",
-        *tables(rows), *in_words(rows), "", f"`{command}`, {name}, {versions}.", ""])
+        "Cosine: of the attacker's chunk gradients at step 0. In brackets: 95% bootstrap over seeds. "
+        f"Worst: the strongest on each model of {len(attackers)} attackers ({', '.join(attackers)}).", "",
+        *tables(rows), *in_words(rows), "", f"`{about[0]}`, {', '.join(about[1:])}.", ""])
     write_atomically(out / "report.md", text.encode())
     picture(out / "report.png", rows)
     progress.say(f"\n{text}\nwrote {out / 'report.md'}, {results.path}")
@@ -1563,11 +1534,9 @@ def terse(command: Callable) -> Callable:
         rank = f"rank {RANK}: " * (WORLD > 1)
         try:
             command(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise click.ClickException(f"{rank}out of GPU memory, try a smaller --batch-size: "
-                                       f"{str(error).splitlines()[0]}") from None
-        except (DTLError, OSError) as error:
-            raise click.ClickException(rank + " ".join(str(error).split())) from None
+        except (DTLError, OSError, torch.OutOfMemoryError) as error:
+            hint = "a smaller --batch-size may do: " * isinstance(error, torch.OutOfMemoryError)
+            raise click.ClickException(rank + hint + " ".join(str(error).split())[:600]) from None
         except KeyboardInterrupt as interrupt:
             click.echo(f"\n{rank}interrupted: {interrupt or 'between stages'}; finished stages are saved, the "
                        "same command goes on from there", err=True)
@@ -1576,65 +1545,33 @@ def terse(command: Callable) -> Callable:
     return wrapped
 
 
-class Names(click.ParamType):
-    """NAME,NAME,... of what is known, or the name of a set of them; of nothing known, numbers from 0."""
-
-    name = "names"
-
-    def __init__(self, known: Sequence[str] = (), **sets: Sequence[str]) -> None:
-        self.known, self.sets = known, sets
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> list[str]:
-        names = list(self.sets.get(value, value.split(",")))
-        right = [n for n in names if (n in self.known if self.known else re.fullmatch(r"0|[1-9]\d{0,8}", n))]
-        if right != names or len(set(names)) < len(names):
-            known = f" of {', '.join([*self.sets, *self.known])}" * bool(self.known)
-            self.fail(f"{value[:60]!r} is no list like {','.join(self.known[:2]) or '0,1'}{known}, each once")
-        return names
-
-
 class Grouped(click.Command):
     """Help with the options in the groups of Config."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list] = {"The run": []}
-        for option in self.get_params(context):
-            group = [f.metadata["group"] or STAGE3 for f in fields(Config) if f.name == option.name]
-            groups.setdefault((group or ["The run"])[0], []).append(option.get_help_record(context))
-        for group, records in groups.items():
-            with formatter.section(group):
-                formatter.write_dl(records)
+        groups = {f.name: f.metadata["group"] or STAGE3 for f in fields(Config)}
+        for group in ("", *dict.fromkeys(groups.values())):
+            with formatter.section(group or "The run"):
+                formatter.write_dl([option.get_help_record(context) for option in self.get_params(context)
+                                    if groups.get(option.name, "") == group])
 
 
-def options(stage: str) -> list[click.Option]:
-    """Those of a command: what a run is, and every field of Config with the default of a bare run's
-    preset."""
-    option, folder = functools.partial(click.Option, metavar=""), click.Path(path_type=Path)
-    attackers = Names(list(ATTACKERS), small=SMALL, full=list(ATTACKERS))
-    methods = Names(list(METHODS), all=list(METHODS))
-    return [
-        option(["--preset"], type=click.Choice(list(PRESETS)), help="[demo; cifar with --gpu; own for .npz]"),
-        option(["--gpu"], type=int, help="number of the CUDA device; the CPU if left out"),
-        option(["--seeds"], type=Names(), default="0", help="as in 0,1,2 [0]"),
-        option(["--methods"], type=methods, help=f"all, or of {','.join(METHODS)}"),
-        option(["--attackers"], type=attackers, default="small" if stage == "audit" else "fixed",
-               help=f"small, full, or of {','.join(ATTACKERS)}"),
-        option(["--attacker-seeds"], type=click.IntRange(1, 100), default=1, help="seeds of each [1]"),
-        option(["--out"], type=folder, default="runs", envvar="DTL_OUT", help="of all results [runs]"),
-        option(["--data-dir"], type=folder, default="data", envvar="DTL_DATA_DIR", help="of CIFAR [data]"),
-        *(option(["--" + f.name.replace("_", "-"), f.name],
-                 help=f"{f.metadata['doc']} [{PRESETS['demo'].get(f.name, f.default)}]",
-                 type=click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type)
-          for f in fields(Config)),
-    ]
-
-
-@click.group(context_settings={"max_content_width": 110})
-@click.version_option(__version__)
-def main() -> None:
-    """Disposable Transfer Learning: pretrain, transfer, dispose, piggyback."""
-
-
+option, folder = functools.partial(click.Option, metavar=""), click.Path(path_type=Path)
+OPTIONS = [
+    option(["--preset"], type=click.Choice(list(PRESETS)), help="demo; cifar with --gpu; own for .npz files"),
+    option(["--gpu"], type=int, help="number of the CUDA device; the CPU if left out"),
+    option(["--seeds"], default="0", help="as in 0,1,2 [0]"),
+    option(["--methods"], help=f"all, toy, or of {','.join(METHODS)}"),
+    option(["--attackers"], help=f"small, full, or of {','.join(ATTACKERS)} [fixed]"),
+    option(["--attacker-seeds"], type=click.IntRange(1, 100), default=1, help="seeds of each [1]"),
+    option(["--out"], type=folder, default="runs", envvar="DTL_OUT", help="folder of results [runs]"),
+    option(["--data-dir"], type=folder, default="data", envvar="DTL_DATA_DIR", help="of CIFAR [data]"),
+    *(option(["--" + f.name.replace("_", "-"), f.name],
+             help=f"{f.metadata['doc']}{': ' * bool(f.metadata['choices'])}{' or '.join(f.metadata['choices'])} "
+                  f"[{PRESETS['demo'].get(f.name, f.default)}]",
+             type=click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type)
+      for f in fields(Config)),
+]
 STAGES = {
     "all": "All four stages, the references, the report; as in: python dtl.py all --seeds 0,1,2",
     "audit": "The same as all --attackers small: the worst case of five attackers.",
@@ -1643,13 +1580,21 @@ STAGES = {
     "dispose": "Stage 3: unlearn the source knowledge, keep the target task.",
     "piggyback": "Stage 4: attack the scrubbed models; their PL accuracy.",
 }
+
+
+@click.group(context_settings={"max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Disposable Transfer Learning: pretrain, transfer, dispose, piggyback."""
+
+
 for _stage, _help in STAGES.items():
-    _run = terse(functools.partial(run, "all" if _stage == "audit" else _stage))
-    main.add_command(Grouped(_stage, callback=_run, params=options(_stage), help=_help))
+    _run = terse(functools.partial(run, _stage))
+    main.add_command(Grouped(_stage, callback=_run, params=OPTIONS, help=_help))
 
 
 @main.command("data", help="Fetch and verify CIFAR-10 and CIFAR-100.")
-@click.option("--data-dir", type=click.Path(path_type=Path), default="data", envvar="DTL_DATA_DIR")
+@click.option("--data-dir", type=folder, default="data", envvar="DTL_DATA_DIR")
 @terse
 def data_command(data_dir: Path) -> None:
     for name in ARCHIVES:

@@ -1,5 +1,6 @@
 """What the tests share: seeds, the Hypothesis profile, a tiny experiment, the command line run in this process."""
 
+import functools
 import json
 import os
 import random
@@ -28,6 +29,7 @@ NOT_REPEATABLE = ("seconds", "revision", "digest")
 
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # the networks are tiny: more threads only wait for one another, worst on a busy machine
+dtl.draw_shapes = functools.cache(dtl.draw_shapes)  # a second each time; nobody writes into them
 
 
 @pytest.fixture(autouse=True)

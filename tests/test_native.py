@@ -335,6 +335,17 @@ def test_the_same_thread_count_gives_the_same_bits(threads):
 
 
 @needs_native
+def test_more_threads_than_work_or_machine():
+    """The routine starts no more threads than there is work for: a hundred thousand stacks would end the process."""
+    few, many = [list(torch.randn(6, p, generator=torch.Generator().manual_seed(3))) for p in (300, 300_003)]
+    for rows in (few, many):
+        gram = gram_by(AUTO, rows, 100_000)
+        assert torch.equal(gram_by(AUTO, rows, 100_000), gram)
+        assert_gram_close(gram, gram_by(AUTO, rows, 1))
+        assert_gram_close(gram_by(AUTO, rows, 2**31 - 1), gram)
+
+
+@needs_native
 def test_eight_python_threads_at_once():
     sets = [torch.randn(5, 60_001, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
     alone = [dtl.gradient_stats(split(rows, 7), "native").gram for rows in sets]

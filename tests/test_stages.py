@@ -36,7 +36,7 @@ def unseen(task):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Source and target task, a transferred model and the source head, all tiny and untrained."""
-    source, target = (dtl.load_task(name, 0, tmp_path_factory.mktemp("data"), CPU)
+    source, target = (dtl.load_task(name, 0, tmp_path_factory.mktemp("data"), CPU, image_size=8)
                       for name in ("shapes[0:5]@8", "shapes[16:20]@6"))
     heads = [dtl.new_head(64, classes, torch.Generator().manual_seed(classes), CPU) for classes in (5, 4)]
     return source, target, dtl.Model(dtl.new_backbone("resnet8", 1, CPU), heads[1]).eval(), heads[0]
@@ -75,19 +75,23 @@ def everything(*args, **kwargs):
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """Source, target, pretrained and transferred, small and really trained."""
+    """Source, target, pretrained and transferred, small and really trained: colours against grey outlines."""
     data = tmp_path_factory.mktemp("data")
-    source, target = (dtl.load_task(name, 0, data, CPU, image_size=8) for name in ("shapes[0:4]@200", "shapes[4:8]@20"))
+    source, target = (dtl.load_task(name, 0, data, CPU, image_size=8) for name in ("shapes[0,16]@100", "shapes[1,17]@16"))
     torch.set_num_threads(1)
-    pretrained = dtl.pretrain(source, "resnet8", dtl.Schedule(150, 0.1, 32, "crop"), 1, dtl.Progress())
-    transferred = dtl.transfer(pretrained, target, dtl.Schedule(60, 0.05, 32, "crop"), 2, dtl.Progress())
+    pretrained = dtl.pretrain(source, "resnet8", learning(40, 0.1), 1, dtl.Progress())
+    transferred = dtl.transfer(pretrained, target, learning(20, 0.05), 2, dtl.Progress())
     return source, target, pretrained, transferred
+
+
+def learning(steps, lr):
+    return dtl.Schedule(steps, lr, 16, "crop")
 
 
 def test_pretraining_and_transfer_learn(learned):
     source, target, pretrained, transferred = learned
-    assert dtl.accuracy(pretrained, source) > 0.6  # of four classes
-    assert dtl.accuracy(transferred, target) > 0.5
+    assert dtl.accuracy(pretrained, source) > 0.8  # of two classes
+    assert dtl.accuracy(transferred, target) > 0.8
     assert not pretrained.training and not transferred.training
 
 
@@ -95,25 +99,26 @@ def test_pretraining_and_transfer_learn(learned):
 def test_disposal_keeps_the_target_task(learned, method):
     """The fresh backbone learns it, from the transferred model's answers alone."""
     source, target, pretrained, transferred = learned
-    scrubbed = dtl.dispose(transferred, pretrained.head, source, target, dtl.METHODS[method],
-                           dtl.Schedule(60, 0.1, 16, "crop"), 3, dtl.Progress(), network="resnet8", weight=1.0,
-                           chunks=2, chunk_size=32)
-    assert dtl.accuracy(scrubbed, target) > 0.45
+    plan = learning(30, 0.1) if method == "distill-fresh" else learning(6, 0.02)
+    scrubbed = dtl.dispose(transferred, pretrained.head, source, target, dtl.METHODS[method], plan, 3, dtl.Progress(),
+                           network="resnet8", weight=1.0, chunks=2, chunk_size=16)
+    assert dtl.accuracy(scrubbed, target) > 0.8
 
 
 def test_an_attack_gets_the_source_back_from_what_was_not_disposed_of(learned):
     source, _, _, transferred = learned
-    few = [torch.nonzero(source.y == c).flatten()[:20] for c in range(4)]
+    few = [torch.nonzero(source.y == c).flatten()[:8] for c in range(2)]
     subset = replace(source, x=source.x[torch.cat(few)], y=source.y[torch.cat(few)])
     stranger = dtl.new_backbone("resnet8", 3, CPU)
-    reached = [dtl.piggyback(b, subset, dtl.Attacker(), dtl.Schedule(40, 0.05, 32, "crop"), 4, dtl.Progress())["value"]
+    reached = [dtl.piggyback(b, subset, dtl.Attacker(), learning(10, 0.05), 4, dtl.Progress())["value"]
                for b in (transferred.backbone, stranger)]
-    assert reached[0] > 0.5 and reached[0] > reached[1] + 0.05
+    assert reached[0] > 0.8 and reached[0] > reached[1] + 0.1
 
 
 def test_accuracy_is_the_share_of_test_images_that_are_right():
     x_test = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).repeat(100, 1, 1, 1)
-    task = dtl.Task("t", None, None, x_test, torch.tensor([0, 1, 2, 3, 4, 5, 5]).repeat(100), 7, "")
+    y_test = torch.tensor([0, 1, 2, 3, 4, 5, 5]).repeat(100)
+    task = dtl.Task(x=None, y=None, x_test=x_test, y_test=y_test, classes=7, fingerprint="")
 
     class Reader(nn.Module):  # its answer is what the pixels say; wrong in training mode
         def forward(self, x):
@@ -363,12 +368,13 @@ def test_the_chunks_are_the_images_of_the_source_batch(world, monkeypatch):
     """Each once, with its label: the mean of the chunk losses is the loss of the whole batch, but for BatchNorm."""
     seen = []
     monkeypatch.setattr(dtl.ResNet, "forward", lambda self, x: x.mean((2, 3)).repeat(1, 22)[:, :64])  # no BatchNorm
+    monkeypatch.setattr(dtl, "chunk_statistics", lambda *a: {})
+    monkeypatch.setattr(dtl, "distillation", lambda student, *_: student.sum() * 0)
     monkeypatch.setattr(dtl, "gradient_collision_backward", lambda chunks, params, **_: seen.append(
         (sum(c().item() for c in chunks) / len(chunks), params[-2].detach().clone(), params[-1].detach().clone()))
         or torch.zeros(()))
-    batches = spy(monkeypatch, "batch", lambda task, size, step, seed, augment, generator: dtl_batch(
-        task, size, step, seed, augment, generator.clone_state()))
-    dtl_batch = dtl.batch.__wrapped__
+    batches, batch = [], dtl.batch
+    monkeypatch.setattr(dtl, "batch", lambda *a: batches.append(batch(*a)) or batches[-1])
     dispose(world, "gc", 2)
     of_source = [b for b in batches if len(b[1]) == 16]
     for (loss, weight, bias), (x, y) in zip(seen, of_source):
@@ -380,7 +386,7 @@ def test_the_chunks_are_the_images_of_the_source_batch(world, monkeypatch):
 def test_gc_disposal_makes_gradients_collide(world, monkeypatch):
     """With GC alone (no retain loss), the mean inner product of the source gradients falls."""
     monkeypatch.setattr(dtl, "distillation", lambda student, *_: student.sum() * 0)
-    student = dispose(world, "gc", 25, 0.05, weight=10.0, chunks=2, chunk_size=20)
+    student = dispose(world, "gc", 15, 0.05, weight=10.0, chunks=2, chunk_size=20)
     x, y = dtl.normalise(world[0].x), world[0].y
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
 
@@ -410,12 +416,11 @@ def test_source_images_are_distilled_in_fresh_methods_alone(world, monkeypatch):
 def test_retaining_is_distillation_from_the_transferred_model(world, monkeypatch):
     """On target images, at a temperature above one; the teacher is in evaluation mode and stays as it was."""
     seen = spy(monkeypatch, "distillation", everything)
-    batches = spy(monkeypatch, "batch", lambda *a: a)
+    batches, batch = [], dtl.batch
+    monkeypatch.setattr(dtl, "batch", lambda *a: batches.append(batch(*a)) or batches[-1])
     dispose(world, "finetune", 1)
     (args, kwargs), = seen
-    generator = torch.Generator().manual_seed(batches[0][-1].initial_seed())
-    x, _ = dtl.batch.__wrapped__(*batches[0][:-1], generator)
-    assert torch.equal(args[1], copy.deepcopy(world[2]).eval()(x))
+    assert torch.equal(args[1], copy.deepcopy(world[2]).eval()(batches[0][0]))
     temperature = args[2] if len(args) > 2 else kwargs["temperature"]
     assert temperature > 1
 
