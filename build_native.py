@@ -98,7 +98,10 @@ def build() -> str:
         except Exception as error:  # noqa: BLE001 - a missing setuptools, a failing compiler: many kinds, one answer
             with open(log, errors="replace") as lines:
                 said = [line.strip() for line in lines if "error" in line.lower()] or [str(error)]
-            raise RuntimeError(f"{said[0][:120]} (is there a C compiler? CC names it)") from None
+            hint = "is there a C compiler? CC names it; on Debian: apt install gcc libc6-dev"
+            if "Python.h" in said[0]:
+                hint = "Python's headers are missing; on Debian: apt install python3-dev"
+            raise RuntimeError(f"{said[0][:120]} ({hint})") from None
         target = os.path.join(HERE, os.path.basename(built))
         shutil.copy(built, target + ".new")
         os.replace(target + ".new", target)  # another process never sees half a file

@@ -1538,8 +1538,8 @@ def terse(command: Callable) -> Callable:
             hint = "a smaller --batch-size may do: " * isinstance(error, torch.OutOfMemoryError)
             raise click.ClickException(rank + hint + " ".join(str(error).split())[:600]) from None
         except KeyboardInterrupt as interrupt:
-            click.echo(f"\n{rank}interrupted: {interrupt or 'between stages'}; finished stages are saved, the "
-                       "same command goes on from there", err=True)
+            click.echo(f"\n{rank}interrupted: {interrupt or 'between stages'}; finished stages are saved, "
+                       "the same command goes on from there", err=True)
             sys.exit(130)
 
     return wrapped
@@ -1567,8 +1567,8 @@ OPTIONS = [
     option(["--out"], type=folder, default="runs", envvar="DTL_OUT", help="folder of results [runs]"),
     option(["--data-dir"], type=folder, default="data", envvar="DTL_DATA_DIR", help="of CIFAR [data]"),
     *(option(["--" + f.name.replace("_", "-"), f.name],
-             help=f"{f.metadata['doc']}{': ' * bool(f.metadata['choices'])}{' or '.join(f.metadata['choices'])} "
-                  f"[{PRESETS['demo'].get(f.name, f.default)}]",
+             help=": ".join(filter(None, (f.metadata["doc"], " or ".join(f.metadata["choices"]))))
+             + f" [{PRESETS['demo'].get(f.name, f.default)}]",
              type=click.Choice(f.metadata["choices"]) if f.metadata["choices"] else f.type)
       for f in fields(Config)),
 ]

@@ -21,7 +21,7 @@ settings.load_profile("dtl")
 TINY = dict(
     source="shapes[0:3]@8", target="shapes[16:18]@4", downstream="shapes[24:26]@4", subset_per_class=4,
     oracle_per_class=6, image_size=8, network="resnet8", batch_size=8, chunks=2, chunk_size=4, pretrain_steps=6,
-    transfer_steps=4, dispose_steps=4, fresh_steps=4, attack_steps=2,
+    transfer_steps=4, dispose_steps=4, fresh_steps=4, attack_steps=1,
 )  # fmt: skip
 TINY_METHODS = ("uniform", "gc", "gc-fresh")  # without, with, and with GC into a fresh backbone
 NOT_REPEATABLE = ("seconds", "revision", "digest")

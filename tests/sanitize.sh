@@ -13,7 +13,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python} cc=${CC:-gcc}
 work=$(mktemp -d)
 trap 'cat "$work"/report.* 2>/dev/null || true; rm -rf "$work"' EXIT  # a sanitizer's report; pytest would swallow it
-cp "$root"/{dtl*.py,build_native.py,_gc_native.c} "$work"
+cp "$root"/{dtl.py,build_native.py,_gc_native.c} "$work"
 cp -r "$root/tests" "$work"
 [ -f "$root/pyproject.toml" ] && cp "$root/pyproject.toml" "$work"
 cd "$work"

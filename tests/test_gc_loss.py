@@ -1,11 +1,13 @@
-"""The Gradient Collision loss: against brute force, between its two forms, over processes, and what must hold of it."""
+"""The Gradient Collision loss: against brute force, between its two forms, over processes; its properties."""
 
 import itertools
 import math
+import multiprocessing
 from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as distributed
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,27 +17,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dtl
 
 SIMILARITIES = ("dot", "cos")
-SYNCHRONISING = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "equal", "masked_select", "unique_consecutive",
-                 "_unique", "_unique2", "unique_dim", "repeat_interleave", "bincount", "allclose", "is_nonzero", "item"}
+SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy",
+                 "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+                 "repeat_interleave"}
 
 
 def brute_force(losses, params, similarity):
     """The definition, a double loop over pairs of flat gradients."""
     flat = []
     for loss in losses:
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        flat.append(torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, params)]))
+        flat.append(torch.cat([g.reshape(-1) for g in gradient(loss, params, create_graph=True)]))
     values = []
     for a, b in itertools.combinations(flat, 2):
         values.append(a @ b if similarity == "dot" else (a @ b) / (a.norm() * b.norm()))
     return sum(values) / len(values)
 
 
-def problem(n, seed, dtype=torch.float64, scale=1.0, dropout=0.0):
+def problem(n, seed, dtype=torch.float64, scale=1.0, dropout=0.0, device="cpu"):
     """n chunk losses, as callables, of a small smooth network with a parameter none of them touches."""
     g = torch.Generator().manual_seed(seed)
-    params = [(torch.randn(s, generator=g, dtype=dtype) * 0.7).requires_grad_() for s in ((5, 4), (5,), (3, 5), (2,))]
-    data = [(torch.randn(6, 4, generator=g, dtype=dtype), torch.randint(0, 3, (6,), generator=g)) for _ in range(n)]
+
+    def normal(*shape):  # the same numbers in every precision and on every device
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(device, dtype)
+
+    params = [(normal(*shape) * 0.7).requires_grad_() for shape in ((5, 4), (5,), (3, 5), (2,))]
+    data = [(normal(6, 4), torch.randint(0, 3, (6,), generator=g).to(device)) for _ in range(n)]
 
     def loss(x, y):
         hidden = F.dropout(torch.tanh(x @ params[0].T + params[1]), dropout)
@@ -53,9 +59,9 @@ def small_resnet(seed):
     return [lambda x=x, y=y: F.cross_entropy(model(x), y) for x, y in zip(x.chunk(4), y.chunk(4))], model
 
 
-def gradient(value, params):
-    return [torch.zeros_like(p) if g is None else g
-            for g, p in zip(torch.autograd.grad(value, params, allow_unused=True), params)]
+def gradient(value, params, create_graph=False):
+    grads = torch.autograd.grad(value, params, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params)]
 
 
 def distance(a, b):
@@ -96,7 +102,7 @@ def test_gradcheck(similarity):
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@given(n=st.integers(2, 7), seed=st.integers(0, 2**31), weight=st.floats(-50, 50).filter(lambda w: abs(w) > 1e-3))
+@given(n=st.integers(2, 7), seed=st.integers(0, 2**31), weight=st.floats(1e-3, 50) | st.floats(-50, -1e-3))
 def test_streaming_is_the_loss_in_float64(similarity, n, seed, weight):
     losses, params = problem(n, seed)
     reference = dtl.gradient_collision_loss([f() for f in losses], params, similarity=similarity)
@@ -143,7 +149,7 @@ def test_the_host_never_waits_for_a_number(similarity):
     assert SYNCHRONISING & set(probe.seen)  # the mode does see them
     for count in (first.seen, second.seen):
         assert count["convolution_backward"] > 0 and not SYNCHRONISING & set(count)
-        # of the 90 or so operations a plain step has a chunk: 11 times as many, 13 where each chunk is called twice
+        # measured: 5817 (dot) and 5917 (cos) in the first form, 6370 and 6502 in the streamed one
         assert sum(count.values()) < 7500 and count["_to_copy"] <= 20
 
 
@@ -160,6 +166,14 @@ def test_both_calls_of_a_chunk_see_one_dropout_mask(similarity):
     assert distance(grads, gradient(reference, params)) <= 1e-12
     other, _ = streamed(losses, params, similarity)
     assert other.item() != pytest.approx(value.item(), rel=1e-3)  # the next call draws other masks
+
+    calls = itertools.count()
+    torch.manual_seed(7)
+    streamed([*losses, lambda: losses[0]() + torch.rand(next(calls)).sum()], params, similarity)
+    seen = torch.get_rng_state()
+    torch.manual_seed(7)
+    [f() for f in (*losses, losses[0])]
+    assert torch.equal(torch.get_rng_state(), seen)  # also where the second call drew more
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -188,9 +202,11 @@ def test_cos_reaches_both_ends():
     p = torch.ones(2, requires_grad=True)
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([-6.0, -8.0])
     for similarity, other, value in (("cos", a, 1), ("cos", b, -1), ("dot", b, -50)):
-        assert dtl.gradient_collision_loss([p @ a, p @ other], [p], similarity=similarity).item() == pytest.approx(value)
-        assert streamed([lambda: p @ a, lambda other=other: p @ other], [p], similarity)[0].item() == pytest.approx(value)
-    assert dtl.gradient_collision_loss([p @ torch.tensor([1.0, 0.0]), p @ torch.tensor([0.0, 1.0])], [p]).item() == 0
+        losses = [lambda: p @ a, lambda other=other: p @ other]
+        first = dtl.gradient_collision_loss([f() for f in losses], [p], similarity=similarity)
+        second, _ = streamed(losses, [p], similarity)
+        assert first.item() == pytest.approx(value) and second.item() == pytest.approx(value)
+    assert dtl.gradient_collision_loss([p[0] * 2, p[1] * 2], [p]).item() == 0
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -198,7 +214,8 @@ def test_cos_reaches_both_ends():
 def test_order_of_chunks_does_not_matter(similarity, n, seed, order):
     losses, params = problem(n, seed)
     shuffled = order.sample(losses, n)
-    (value, grads), (value2, grads2) = streamed(losses, params, similarity), streamed(shuffled, params, similarity)
+    value, grads = streamed(losses, params, similarity)
+    value2, grads2 = streamed(shuffled, params, similarity)
     assert value.item() == pytest.approx(value2.item(), rel=1e-9, abs=1e-12)
     assert distance(grads, grads2) <= 1e-9
 
@@ -217,14 +234,7 @@ def test_cos_of_huge_and_tiny_float32_gradients(scale):
     losses, params = problem(3, 11)
     reference = dtl.gradient_collision_loss([f() for f in losses], params, similarity="cos")
     expected = gradient(reference, params)
-    losses, params = problem(3, 11, torch.float64, scale)
-    params = [p.detach().float().requires_grad_() for p in params]
-    g = torch.Generator().manual_seed(11)
-    [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in params]  # what problem() draws before its data
-    data = [(torch.randn(6, 4, generator=g, dtype=torch.float64).float(), torch.randint(0, 3, (6,), generator=g))
-            for _ in range(3)]
-    losses = [lambda x=x, y=y: scale * F.cross_entropy(torch.tanh(x @ params[0].T + params[1]) @ params[2].T, y)
-              for x, y in data]
+    losses, params = problem(3, 11, torch.float32, scale)
     value = dtl.gradient_collision_loss([f() for f in losses], params, similarity="cos")
     assert value.item() == pytest.approx(reference.item(), abs=1e-5)
     assert distance(gradient(value, params), expected) <= 1e-4
@@ -277,7 +287,8 @@ def test_a_parameter_given_twice_counts_once(similarity):
 
 
 def test_parameters_of_two_precisions():
-    a, b = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    a = torch.tensor([1.0, 2.0], requires_grad=True)
+    b = torch.tensor([0.5, 3.0], dtype=torch.float64, requires_grad=True)
     losses = [lambda: (a.double() * b).sum().square(), lambda: (a.double() + b).square().sum()]
     reference = brute_force([f() for f in losses], [a, b], "cos")
     value, grads = streamed(losses, [a, b], "cos")
@@ -295,7 +306,7 @@ def test_loss_leaves_inputs_alone():
 
 
 def test_running_statistics_are_kept_and_the_flag_comes_back():
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False)).train()
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
     with pytest.raises(KeyError), dtl.running_statistics_kept(model):
         model(torch.randn(8, 3) + 5)
         raise KeyError
@@ -305,7 +316,7 @@ def test_running_statistics_are_kept_and_the_flag_comes_back():
     assert model[1].num_batches_tracked == 1
 
 
-# ---------------------------------------------- what is refused ----------------------------------------------
+# ------------------------------------------ what is refused ------------------------------------------
 
 P = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
 NET, TWIN = nn.Linear(3, 2), nn.Linear(3, 2)
@@ -330,11 +341,11 @@ LOSSES_TOLD = {
     "one chunk": ([good], [P], r"(?=.*\b1 chunks).*collide in pairs"),
     "no chunk": ([], [P], r"(?=.*\b0 chunks).*collide in pairs"),
     "no parameters": ([good, good], [], r"\b0 params"),
-    "not a scalar": ([good, lambda: P * 2], [P], r"chunk 1's loss must be a tensor of shape \(\), not of shape \(3,\)"),
+    "not a scalar": ([good, lambda: P * 2], [P], r"chunk 1's loss must be .*\(\), not of shape \(3,\)"),
     "a number": ([good, lambda: 1.0], [P], "chunk 1.* float"),
     "nothing": ([good, lambda: None], [P], "chunk 1.* NoneType"),
     "frozen": ([good, good], [P, torch.ones(4, 2)],
-               r"params\[1\] of shape \(4, 2\) does not require grad: give \[p for p in .* if p.requires_grad\]"),
+               r"params\[1\] of shape \(4, 2\) does not require grad.*\[p for p in .* if p.requires_grad\]"),
     "float16": ([good, good], [P, HALF], r"params\[1\] is torch.float16.*bfloat16, float32"),
     "complex": ([good, good], [COMPLEX], r"params\[0\] is torch.complex64"),
     "one tensor": ([good, good], P, "params must be a sequence, not one Parameter"),
@@ -344,7 +355,7 @@ LOSSES_TOLD = {
     "names": ([good, good], ["weight"], r"params\[0\] is a str, not a tensor: give model.parameters\(\)"),
     "named parameters": ([good, good], NET.named_parameters, r"params\[0\] is a tuple, not a tensor"),
     "another model": ([good, good], [*TWIN.parameters()], "chunk 0's loss touches none of params"),
-    "its copy": ([lambda: NET(P).square().sum()] * 2, [*TWIN.parameters()], "touches none of params: .*of another model"),
+    "its copy": ([lambda: NET(P).square().sum()] * 2, [*TWIN.parameters()], "touches none .*another model"),
     "no_grad": ([good, without_graph], [P], "chunk 1's loss has no graph: .*no_grad"),
     "inference_mode": ([inference, good], [P], "chunk 0's loss has no graph: .*inference_mode"),
     "detached": ([good, lambda: good().detach()], [P], "chunk 1's loss has no graph: .*detached"),
@@ -375,7 +386,7 @@ def test_bad_similarity_is_told_and_options_have_names():
             call([good, good], [P], "cos")
 
 
-@pytest.mark.parametrize("weight", (math.nan, math.inf, -math.inf, torch.tensor(2.0), "2", None, [1.0]))
+@pytest.mark.parametrize("weight", (math.nan, math.inf, -math.inf, torch.tensor(2.0), "2", [1.0]))
 def test_bad_weight_is_told(weight):
     before, P.grad = P.grad, None
     with pytest.raises(ValueError, match="weight must be a finite number, not"):
@@ -417,7 +428,7 @@ def test_a_graph_built_outside_its_callable_is_told():
 
 
 def test_called_under_no_grad_is_told():
-    """Losses with graphs, but the GC loss would have none: added to another loss, it would silently do nothing."""
+    """Losses with graphs, but a GC loss without: added to another loss, it would do nothing, in silence."""
     def chunk():
         with torch.enable_grad():
             return good()
@@ -430,17 +441,29 @@ def test_called_under_no_grad_is_told():
             dtl.gradient_collision_backward([chunk, chunk], [P])
 
 
-# ---------------------------------------------- over several processes ----------------------------------------------
+# ------------------------------------------ over several processes ------------------------------------------
 
 SPREADS = {"1+3": (1, 3), "2+1+2": (2, 1, 2), "1+1": (1, 1)}
 
 
-def collide_in_a_process(rank, folder):
-    """One of three gloo processes: each spread's chunks over its first ranks, and what came of it to a file."""
-    import torch.distributed as distributed
+def in_processes(work, count, folder):
+    """What work(rank) returns in each of `count` gloo processes, forked from one that has imported torch."""
+    multiprocessing.set_forkserver_preload([__name__, work.__module__, "torch._dynamo"])
+    arguments = work, count, str(folder)
+    torch.multiprocessing.start_processes(in_a_process, arguments, count, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
+
+def in_a_process(rank, work, count, folder):
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3)
+    meeting = f"file://{folder}/meeting"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    torch.save(work(rank), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def collide_in_a_process(rank):
+    """Each spread's chunks over the first of three processes: value, gradient and what was exchanged."""
     groups = {2: distributed.new_group([0, 1]), 3: distributed.group.WORLD}
     reduce, calls, found = distributed.all_reduce, [], {}
 
@@ -456,13 +479,11 @@ def collide_in_a_process(rank, folder):
             value, grads = streamed(mine, params, similarity, 3.0, group=groups[len(spread)])
             found[name, similarity] = value, grads, calls.copy()
             calls.clear()
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return found
 
 
 def test_chunks_over_processes_are_as_in_one(tmp_path):
-    torch.multiprocessing.spawn(collide_in_a_process, (str(tmp_path),), nprocs=3)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    ranks = in_processes(collide_in_a_process, 3, tmp_path)
     for (name, spread), similarity in itertools.product(SPREADS.items(), SIMILARITIES):
         value, grads = streamed(*problem(sum(spread), 9), similarity, 3.0)
         found = [rank[name, similarity] for rank in ranks[:len(spread)]]
@@ -474,7 +495,7 @@ def test_chunks_over_processes_are_as_in_one(tmp_path):
         assert all(distance(g, grads) > 1e-3 for _, g, _ in found)  # none has it alone
 
 
-# ---------------------------------------------- on a GPU ----------------------------------------------
+# ------------------------------------------ on a GPU ------------------------------------------
 
 
 @pytest.mark.gpu
@@ -483,16 +504,7 @@ def test_chunks_over_processes_are_as_in_one(tmp_path):
 def test_cuda_gives_the_cpu_values_and_never_synchronises(similarity):
     losses, params = problem(3, 2)
     value, grads = streamed(losses, params, similarity)
-    on_gpu = [p.detach().cuda().requires_grad_() for p in params]
-    g = torch.Generator().manual_seed(2)
-    [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in params]
-    data = [(torch.randn(6, 4, generator=g, dtype=torch.float64).cuda(), torch.randint(0, 3, (6,), generator=g).cuda())
-            for _ in range(3)]
-
-    def loss(x, y):
-        return F.cross_entropy(torch.tanh(x @ on_gpu[0].T + on_gpu[1]) @ on_gpu[2].T, y)
-
-    losses = [lambda x=x, y=y: loss(x, y) for x, y in data]
+    losses, on_gpu = problem(3, 2, device="cuda")
     streamed(losses, on_gpu, similarity)  # libraries initialise themselves
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -509,9 +521,7 @@ def test_cuda_gives_the_cpu_values_and_never_synchronises(similarity):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_both_calls_of_a_chunk_see_one_dropout_mask_on_cuda():
-    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(), nn.Linear(32, 3)).cuda().double()
-    params, x = list(model.parameters()), torch.randn(4, 8, 6, dtype=torch.float64).cuda()
-    losses = [lambda i=i: model(x[i]).square().mean() for i in range(4)]
+    losses, params = problem(4, 1, dropout=0.5, device="cuda")
     torch.cuda.manual_seed(7)
     reference = dtl.gradient_collision_loss([f() for f in losses], params)
     after = torch.cuda.get_rng_state()

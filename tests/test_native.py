@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dtl
-import dtl_stats
 
 ROOT = Path(dtl.__file__).resolve().parent
 MODULE, STATE = dtl.native_routine()
@@ -99,7 +98,7 @@ def assert_exact_within(gram, rows, limit):
 
 def test_native_routine_is_there_where_ci_says_so():
     assert MODULE is not None or not REQUIRED, STATE
-    assert STATE.startswith("yes" if MODULE else "no")
+    assert STATE in ("generic", "fma", "avx512") if MODULE else STATE.startswith("not built (")
 
 
 # What must be equal
@@ -276,7 +275,7 @@ def test_the_backend_is_chosen_and_told(monkeypatch):
     chunks = [[torch.ones(2)], [torch.ones(2)]]
     assert dtl.gradient_stats(chunks).backend == BACKENDS[0]
     assert dtl.gradient_stats(chunks, "torch").backend == "torch"
-    monkeypatch.setattr(dtl_stats, "native_routine", lambda: (None, "no (not built): python build_native.py"))
+    monkeypatch.setattr(dtl, "native_routine", lambda: (None, "not built (optional)"))
     assert dtl.gradient_stats(chunks).backend == "torch"
     with pytest.raises(RuntimeError, match="build_native.py"):
         dtl.gradient_stats(chunks, "native")
@@ -289,7 +288,7 @@ def test_the_backend_is_chosen_and_told(monkeypatch):
     ([[torch.ones(2)], [torch.ones(2).double()]], "parameter 0: .* dtype"),
     ([[torch.ones(2).half()]], "float32 or float64"),
     ([[torch.ones(2).to_sparse()]], "dense"),
-    ([[torch.ones(2), torch.ones(2, device="meta")]], "several devices"),
+    ([[torch.ones(2), torch.ones(2, device="meta")]], "one device"),
 ])  # fmt: skip
 def test_wrong_input_is_refused_with_what_was_seen(chunks, message):
     with pytest.raises(ValueError, match=message):
@@ -300,10 +299,10 @@ def test_wrong_input_is_refused_with_what_was_seen(chunks, message):
 
 @needs_native
 def test_native_by_name_refuses_what_is_not_on_the_cpu_and_too_many_chunks():
-    with pytest.raises(ValueError, match="use 'torch'"):
+    with pytest.raises(ValueError, match="1 chunks on .*meta.*the CPU"):
         dtl.gradient_stats([[torch.ones(2, device="meta")]], "native")
     many = [[torch.ones(2)]] * 1025
-    with pytest.raises(ValueError, match="up to 1024"):
+    with pytest.raises(ValueError, match="1025 chunks .*n <= 1024"):
         dtl.gradient_stats(many, "native")
     assert dtl.gradient_stats(many).backend == "torch"
     assert dtl.gradient_stats(many[:1024], "native").gram.unique().tolist() == [2]
@@ -424,7 +423,7 @@ print(dtl.native_routine()[1], stats.backend, stats.mean_cosine)
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("no (") and "build_native.py" in run.stdout and "torch -1.0" in run.stdout
+    assert run.stdout.split("\n")[0] == "not built (optional) torch -1.0"
 
 
 def build_in(folder, elsewhere, **environment):

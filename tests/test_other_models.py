@@ -1,13 +1,15 @@
-"""The Gradient Collision loss on models that are not ours, each against a double loop in float64, and what is refused."""
+"""The Gradient Collision loss on models not ours, against a double loop in float64; what is refused."""
 
+import contextlib
 import copy
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as distributed
 import torch.nn.functional as F
-from test_gc_loss import SIMILARITIES, brute_force, distance, gradient, streamed
+from test_gc_loss import SIMILARITIES, brute_force, distance, gradient, in_processes, streamed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,13 +26,14 @@ class TinyGPT(nn.Module):
         self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(6, WIDTH)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         self.attention, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH), nn.Dropout(0.2))
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 9), nn.GELU(), nn.Linear(9, WIDTH), nn.Dropout(0.2))
         self.head = nn.Linear(WIDTH, WORDS, bias=False)
         self.head.weight = self.words.weight
 
     def forward(self, ids):  # (B, T) -> (B, T, WORDS)
         x = self.words(ids) + self.places.weight[: ids.shape[1]]
-        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.attention(self.norms[0](x)).chunk(3, -1))
+        parts = self.attention(self.norms[0](x)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in parts)
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, heads, T, T)
         weights = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
         mixed = F.dropout(weights, 0.2, self.training) @ v
@@ -41,7 +44,8 @@ class TinyGPT(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.words, self.lstm, self.head = nn.Embedding(WORDS, WIDTH), nn.LSTM(WIDTH, 5, batch_first=True), nn.Linear(5, WORDS)
+        self.words, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(5, WORDS)
+        self.lstm = nn.LSTM(WIDTH, 5, batch_first=True)
 
     def forward(self, ids):
         return self.head(self.lstm(self.words(ids))[0])
@@ -67,7 +71,7 @@ def with_low_rank():
 
 
 class LabelsGiven(nn.Module):
-    """What Hugging Face's models look like from outside: a loss where labels are given, an object with names."""
+    """What Hugging Face's models look like from outside: a loss where labels are given, and names."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +79,9 @@ class LabelsGiven(nn.Module):
 
     def forward(self, input_ids=None, labels=None):
         logits = self.inner(input_ids)
-        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return SimpleNamespace(loss=loss, logits=logits)
 
 
@@ -99,7 +105,7 @@ class Normalised(nn.Module):
 
 
 def chunks_of(model, n=4, seed=3, dtype=torch.float64):
-    """n callables, each the next-word loss of three sequences of six words, by a model of any of the kinds above."""
+    """n callables, each the next-word loss of three sequences of six words, by a model of a kind above."""
     texts = torch.randint(0, WORDS, (n, 3, 6), generator=torch.Generator().manual_seed(seed))
     model.to(dtype).train()
 
@@ -142,11 +148,6 @@ def test_is_the_double_loop(kind, similarity):
     chunks, params = chunks_of(model), trainable(model)
     expected = double_loop(chunks, params, similarity)
     compare(chunks, params, similarity, expected, 1e-9)
-    if kind is TinyGPT:
-        assert model.head.weight is model.words.weight
-        both = [*params, model.head.weight]  # a list made by hand holds the tied one twice
-        assert streamed(chunks, both, similarity)[0].isfinite()
-        compare(chunks, params, similarity, expected, 1e-9)  # and the model is as it was
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -175,7 +176,7 @@ def test_bfloat16_autocast(where):
                            list(exact.parameters()), "cos")
 
     def loss(i):
-        with torch.autocast("cpu", torch.bfloat16, enabled=where == "inside" or torch.is_autocast_enabled("cpu")):
+        with torch.autocast("cpu", torch.bfloat16) if where == "inside" else contextlib.nullcontext():
             assert model(x[i]).dtype == torch.bfloat16
             return F.cross_entropy(model(x[i]), y[i])
 
@@ -206,7 +207,7 @@ def test_batch_norm_statistics_stay_where_they_are_kept():
     assert model.norm.num_batches_tracked == 8  # each chunk twice
 
 
-# ---------------------------------------------- DistributedDataParallel ----------------------------------------------
+# ------------------------------------------ DistributedDataParallel -------------------------------
 
 
 def retain(model, part):
@@ -216,8 +217,8 @@ def retain(model, part):
 
 def collision_chunks(model):
     g = torch.Generator().manual_seed(4)
-    data = [(torch.randn(7, 6, dtype=torch.float64, generator=g), torch.randint(0, 3, (7,), generator=g)) for _ in range(4)]
-    return [lambda x=x, y=y: F.cross_entropy(model(x), y) for x, y in data]
+    x, y = torch.randn(4, 7, 6, dtype=torch.float64, generator=g), torch.randint(0, 3, (4, 7), generator=g)
+    return [lambda i=i: F.cross_entropy(model(x[i]), y[i]) for i in range(4)]
 
 
 def mlp():
@@ -225,12 +226,8 @@ def mlp():
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double()
 
 
-def step_in_a_process(rank, folder):
-    """Two steps of one of two gloo processes, as the docstring tells: GC, then the retain loss through the DDP module."""
-    import torch.distributed as distributed
-
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def step_in_a_process(rank):
+    """Two steps of one of two processes, as the docstring tells: GC, then the retain loss through DDP."""
     found = {}
     for view in (False, True):
         ddp = nn.parallel.DistributedDataParallel(mlp(), gradient_as_bucket_view=view)
@@ -238,17 +235,17 @@ def step_in_a_process(rank, folder):
         optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
         for _ in range(2):
             optimizer.zero_grad()
-            dtl.gradient_collision_backward(chunks[:1] if rank else chunks[1:], ddp.module.parameters(), weight=3.0,
+            mine = chunks[:1] if rank else chunks[1:]
+            dtl.gradient_collision_backward(mine, ddp.module.parameters(), weight=3.0,
                                             group=distributed.group.WORLD)
             retain(ddp, rank).backward()
             optimizer.step()
         found[view] = [p.detach() for p in ddp.parameters()]
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return found
 
 
 def test_distributed_data_parallel_steps_as_one_process(tmp_path):
-    torch.multiprocessing.spawn(step_in_a_process, (str(tmp_path),), nprocs=2)
+    ranks = in_processes(step_in_a_process, 2, tmp_path)
     model = mlp()
     chunks, optimizer = collision_chunks(model), torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(2):
@@ -258,12 +255,12 @@ def test_distributed_data_parallel_steps_as_one_process(tmp_path):
         optimizer.step()
     assert distance(list(model.parameters()), list(mlp().parameters())) > 1e-3
     for view in (False, True):
-        ours, theirs = (torch.load(tmp_path / f"{rank}.pt")[view] for rank in range(2))
+        ours, theirs = (found[view] for found in ranks)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
         assert distance(ours, [p.detach() for p in model.parameters()]) <= 1e-12
 
 
-# ---------------------------------------------- what is refused ----------------------------------------------
+# ------------------------------------------ what is refused ------------------------------------------
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -296,23 +293,24 @@ def both_forms(chunks, params):
             lambda: dtl.gradient_collision_backward(chunks, params))
 
 
-@pytest.mark.parametrize("whole", (False, True), ids=("model", "loss"))
-def test_a_compiled_model_is_refused(whole):
+@pytest.mark.parametrize("form", (0, 1), ids=("loss", "backward"))
+@pytest.mark.parametrize("whole", (False, True), ids=("compiled model", "compiled loss"))
+def test_what_is_compiled_is_refused(whole, form):
+    torch._dynamo.reset()
     model, data = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(3, 5, 4)
     compiled = torch.compile((lambda x: model(x).square().sum()) if whole else model, backend="aot_eager")
     chunks = [lambda x=x: compiled(x) if whole else compiled(x).square().sum() for x in data]
-    for form in both_forms(chunks, list(model.parameters())):
-        with pytest.raises(ValueError, match="compiled"):
-            form()
+    with pytest.raises(ValueError, match="compiled"):
+        both_forms(chunks, list(model.parameters()))[form]()
     with torch.compiler.set_stance("force_eager"):  # the way out that the docstring names
         value, _ = streamed(chunks, list(model.parameters()), "dot")
-    assert value.item() == pytest.approx(
-        brute_force([model(x).square().sum() for x in data], list(model.parameters()), "dot").item(), rel=1e-5)
+    reference = brute_force([model(x).square().sum() for x in data], list(model.parameters()), "dot")
+    assert value.item() == pytest.approx(reference.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("beside", (False, True))
 def test_what_can_be_differentiated_once_is_refused(beside):
-    """beside: there is another way from the loss to every parameter, so that autograd alone would pass it by."""
+    """beside: there is another way from the loss to every parameter, and autograd alone would pass it by."""
     first, second, data = nn.Linear(4, 3), nn.Linear(3, 3), torch.randn(3, 5, 4)
 
     def loss(x):
