@@ -65,7 +65,7 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
     losses: n >= 2 tensors (), each with its graph. params: bfloat16, float32 or float64 tensors on one
     device; one given twice (tied weights) counts once, one that a loss does not touch is a zero gradient, a
     zero gradient has cosine 0. Returns a tensor (), differentiable by params, without host synchronisation;
-    not finite where the losses are not. Sums are float64 where the device has it. Takes about three plain
+    not finite where gradients are not. Sums are float64 where the device has it. Takes about three plain
     steps, and memory that grows with n. BatchNorm and dropout mode are the caller's. ValueError, with what
     was seen, for all else. Source: Koh et al., ICCV 2023, arXiv 2308.09971; cosine or dot, and the example's
     fresh head, are this project's reading.
@@ -95,13 +95,14 @@ def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weigh
     two, a bias. params are leaves, weight a finite number. Takes about four plain steps; if it raises,
     `.grad` may hold part of the sum. group: a torch.distributed group over whose ranks the chunks are spread
     (one all_reduce of S). GC is of all chunks then, and the MEAN over ranks of what is added to `.grad` is
-    weight * dGC: what DistributedDataParallel takes, so call this first, and then the retain loss's backward
-    through the DDP module.
+    weight * dGC: what DistributedDataParallel takes. Call this before the retain loss's forward and backward
+    through the DDP module; after that forward its hooks would reduce GC's gradients early, without a word.
 
     Does not work with, and the way out:
       scaled_dot_product_attention    sdpa_kernel(SDPBackend.MATH) around it, or attn_implementation="eager"
       torch.compile                   pass the uncompiled model, or torch.compiler.set_stance("force_eager")
       reentrant checkpointing         checkpoint(..., use_reentrant=False)
+      LSTM and GRU on CUDA            torch.backends.cudnn.flags(enabled=False) around it
       FSDP                            unsharded parameters, and `group`
       DistributedDataParallel         its inner module, ddp.module, and `group`
       hooks that step the optimiser   step it yourself: gradients arrive chunk by chunk
@@ -154,6 +155,8 @@ def running_statistics_kept(model):
 
 def _gc_arguments(chunks, params, similarity, least, weight=None):
     """chunks and params as checked lists; with a weight, those of the streamed form."""
+    if not torch.is_grad_enabled():
+        raise ValueError("called under no_grad or inference_mode: the GC loss would have no gradient")
     if similarity not in ("dot", "cos"):
         raise ValueError(f"similarity must be 'dot' or 'cos', not {similarity!r}")
     for name, given in (("chunks", chunks), ("params", params)):
@@ -191,10 +194,13 @@ def _gc_vector(loss, params, similarity, i, create_graph=False):
         try:
             grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
         except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise ValueError(f"chunk {i}: part of its graph was built outside the callable, and used up by "
-                             "the first call: compute everything inside") from error
+            told = {"second time": "part of its graph was built outside the callable, and used up by the first "
+                                   "call: compute everything inside",
+                    "donated buffers": "its graph is compiled: give the uncompiled model"}
+            for sign in told:
+                if sign in str(error):
+                    raise ValueError(f"chunk {i}: {told[sign]}") from error
+            raise
     if all(g is None for g in grads):
         seen = "touches none of params" if loss.requires_grad else "has no graph"
         raise ValueError(f"chunk {i}'s loss {seen}: was it computed under no_grad or inference_mode, "
@@ -212,7 +218,7 @@ def _gc_vector(loss, params, similarity, i, create_graph=False):
 def _gc_check_second_derivative(grads):
     """Nodes that refuse one raise when reached, but autograd, asked for some inputs alone, passes them by."""
     nodes, seen = [g.grad_fn for g in grads if g.grad_fn], set()
-    if 0 < len(nodes) < len(grads):
+    if len(nodes) < len(grads):
         warnings.warn("some parameters' gradients have no graph, and so no second derivative: is the loss "
                       "linear in them, or a fused kernel in the way?", stacklevel=4)
     while nodes:
@@ -396,9 +402,9 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30",
-        subset_per_class=30, oracle_per_class=38, network="resnet8", batch_size=64, pretrain_steps=600,
-        transfer_steps=300, transfer_lr=0.05, dispose_steps=300, chunks=2, weights="gc=10,gc-fresh=10",
-        fresh_steps=600, attack_steps=100),
+        subset_per_class=30, oracle_per_class=240, network="resnet8", batch_size=64, pretrain_steps=600,
+        transfer_steps=200, transfer_lr=0.05, dispose_steps=200, chunks=2, chunk_size=16,
+        weights="gc=3,gc-fresh=6,uniform=3", fresh_steps=300, attack_steps=60),
     "cifar": {},
     "cifar-small": dict(
         oracle_per_class=120, image_size=16, network="resnet8", batch_size=64, pretrain_steps=3000, chunks=2,

@@ -194,7 +194,7 @@ def test_twenty_kills(arguments, tmp_path, monkeypatch, root):
     while kills < 20 or runs == 0:
         out = tmp_path / f"killed-{runs}"
         process = start(out)
-        process.join(moments.uniform(0, 0.3) * seconds if kills < 20 else None)
+        process.join(moments.uniform(0, 0.2) * seconds if kills < 20 else None)
         if process.exitcode is None:
             process.kill()
             process.join()
