@@ -134,7 +134,9 @@ def test_accuracy_is_the_share_of_test_images_that_are_right():
 def test_learning_rate_rises_then_falls_to_nearly_zero():
     rates = [schedule(100, 0.1).lr_at(step) for step in range(100)]
     assert max(rates) <= 0.1 and rates.index(max(rates)) in range(23, 27) and rates[0] < 0.01 and rates[-1] < 1e-4
-    assert sorted(rates[:24]) == rates[:24] and sorted(rates[26:], reverse=True) == rates[26:]
+    assert rates[:24] == pytest.approx([0.1 * 4 * k / 101 for k in range(1, 25)])  # in a straight line
+    falling = [0.05 + 0.05 * math.cos(math.pi * (k / 101 - 0.25) / 0.75) for k in range(27, 101)]
+    assert rates[26:] == pytest.approx(falling)
 
 
 def loop(optimizer, steps, losses, lr=0.1, **more):
