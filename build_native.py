@@ -1,8 +1,8 @@
 """Build the optional native routine: `python build_native.py`, from any folder, puts it next to this file.
 
-cffi's API mode: cdef() says what Python may call, set_source() what the C compiler sees, and the compiler checks one
-against the other. THE TRAP: the module must not be called `_gc_native`, for cffi writes its wrapper to <module>.c and
-would overwrite our source. Hence `_gc_native_ext`, and `pip install .` (through setup.py) uses the same `ffibuilder`.
+cffi's API mode: cdef() says what Python may call, set_source() what the C compiler sees, and the compiler
+checks one against the other. THE TRAP: the module must not be called `_gc_native`, for cffi writes its wrapper to
+<module>.c and would overwrite our source. Hence `_gc_native_ext`; `pip install .` uses the same `ffibuilder`.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ def openmp_flag() -> list[str]:
     """["-fopenmp"] where the compiler, and the linker, can do it; [] (one thread) where not."""
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     with tempfile.TemporaryDirectory() as scratch:
-        command = [*compiler, "-fopenmp", "-shared", "-fPIC", "-x", "c", "-", "-o", os.path.join(scratch, "probe.so")]
+        probe = os.path.join(scratch, "probe.so")
+        command = [*compiler, "-fopenmp", "-shared", "-fPIC", "-x", "c", "-", "-o", probe]
         program = b"#include <omp.h>\nint probe(void) { return omp_get_max_threads(); }\n"
         try:
             works = subprocess.run(command, input=program, capture_output=True, check=False).returncode == 0
@@ -41,8 +42,8 @@ def make_ffibuilder(optional: bool):
     ffi = FFI()
     ffi.cdef(DECLARATIONS)
     openmp = openmp_flag()
-    # fp-contract: a*b+c in one instruction, which -std=c11 alone forbids. Never -ffast-math: it breaks the summation,
-    # and linked with it, a library switches denormal numbers off in the whole process.
+    # fp-contract: a*b+c in one instruction, which -std=c11 alone forbids. Never -ffast-math: it breaks the
+    # summation, and linked with it, a library switches denormal numbers off in the whole process.
     flags = ["-O3", "-std=c11", "-ffp-contract=fast", *shlex.split(os.environ.get("DTL_NATIVE_CFLAGS", ""))]
     ffi.set_source(
         "_gc_native_ext",
@@ -75,7 +76,7 @@ def compiler_output_in(path: str):
 
 
 def build() -> str:
-    """Build in a temporary folder, try it there, move the one finished file here; -> its path. RuntimeError if not."""
+    """Build in a temporary folder, try it there, move the one file here; -> its path. Or RuntimeError."""
     try:
         ffi = make_ffibuilder(optional=False)
     except ImportError as error:
@@ -94,8 +95,9 @@ def build() -> str:
                 env={**os.environ, "PYTHONPATH": scratch},
             )
         except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"it was built but does not load: {error.stderr.decode().splitlines()[-1]}") from None
-        except Exception as error:  # noqa: BLE001 - a missing setuptools, a failing compiler: many kinds, one answer
+            said = error.stderr.decode().splitlines()[-1]
+            raise RuntimeError(f"it was built but does not load: {said}") from None
+        except Exception as error:  # noqa: BLE001 - a missing setuptools, a failing compiler: one answer
             with open(log, errors="replace") as lines:
                 said = [line.strip() for line in lines if "error" in line.lower()] or [str(error)]
             hint = "is there a C compiler? CC names it; on Debian: apt install gcc libc6-dev"

@@ -8,7 +8,34 @@
 # ///
 """Disposable Transfer Learning (DTL) in one file: pretrain, transfer, dispose, piggyback.
 
-@@DOCSTRING@@
+Koh, Shon, Lee, Hong, Kim: "Disposable Transfer Learning for Selective Source Task Unlearning", ICCV 2023,
+arXiv 2308.09971. A network is pretrained on a source task and transferred to a target task; then the source
+knowledge is disposed of with the Gradient Collision (GC) loss, and the target task kept. Whether that worked
+is measured by piggyback learning (PL): an attacker retrains the scrubbed model on a subset of the source
+data, or on new downstream data, and the accuracy reached is the PL accuracy. Lower is better.
+
+    python dtl.py all              # no GPU, no download: a minute or two on a laptop
+    python dtl.py all --gpu 0      # CIFAR-100 -> CIFAR-10, ResNet-18
+    python dtl.py audit            # five attackers instead of one, the strongest on each model counts
+
+In the order of the paper: the loss, statistics of gradients, configuration, data, networks, the one loop that
+trains, the stages, disposal methods and attackers, models by name, the report, the command line.
+
+EVIDENCE (CIFAR-100 classes 0..79 -> 500 images of CIFAR-10, 16x16 pixels, 8-layer ResNet, CPU, torch 2.13.0,
+five seeds, 95% t-intervals; by the program of revision a2cf936, whose audit chose attackers on held-out
+piggyback data). Leak: 0 as a model as good on the target that never saw the source, 1 as the transferred
+model.
+
+                     target acc.   worst of 5 attackers             fixed attacker
+                     change, %     source subset    downstream      source subset     downstream
+    gc-fresh         -0.4 +- 1.0   0.03 +- 0.17     0.28 +- 0.25    -0.33 +- 0.08     -0.46 +- 0.16
+    distill-fresh    +0.2 +- 0.9   0.40 +- 0.13     0.69 +- 0.22     0.27 +- 0.07      0.22 +- 0.23
+    gc               -1.3 +- 0.7   0.77 +- 0.02     0.79 +- 0.12    -0.22 +- 0.11     -0.11 +- 0.16
+    uniform          -0.2 +- 0.6   0.70 +- 0.05     0.86 +- 0.22    -0.23 +- 0.05      0.29 +- 0.15
+
+"Resists these attackers up to this budget", never "erased": four times the steps bring gc-fresh to 0.46 +-
+0.27 on the source subset. Everything measured, and what it took: experiments/README.md. No official code is
+public; what the abstract leaves open is marked OUR READING below, and no number here is the paper's.
 """
 
 import os
@@ -194,12 +221,11 @@ def _gc_vector(loss, params, similarity, i, create_graph=False):
         try:
             grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
         except RuntimeError as error:
-            told = {"second time": "part of its graph was built outside the callable, and used up by the first "
-                                   "call: compute everything inside",
-                    "donated buffers": "its graph is compiled: give the uncompiled model"}
-            for sign in told:
+            for sign, told in (("second time", "part of its graph was built out of the callable, and used up "
+                                "by the first call: compute everything inside"),
+                               ("donated buffers", "its graph is compiled: give the uncompiled model")):
                 if sign in str(error):
-                    raise ValueError(f"chunk {i}: {told[sign]}") from error
+                    raise ValueError(f"chunk {i}: {told}") from error
             raise
     if all(g is None for g in grads):
         seen = "touches none of params" if loss.requires_grad else "has no graph"

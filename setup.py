@@ -1,4 +1,4 @@
-"""Only what pyproject.toml cannot say: `pip install .` builds the native routine if it can, and does without if not."""
+"""What pyproject.toml cannot say: `pip install .` builds the native routine if it can, else does without."""
 
 from setuptools import setup
 

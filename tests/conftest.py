@@ -28,7 +28,9 @@ NOT_REPEATABLE = ("seconds", "revision", "digest")
 
 
 THREADS = torch.get_num_threads()
-torch.set_num_threads(1)  # the networks are tiny: more threads only wait for one another, worst on a busy machine
+torch.set_num_threads(
+    1
+)  # the networks are tiny: more threads only wait for one another, worst on a busy machine
 dtl.draw_shapes = functools.cache(dtl.draw_shapes)  # a second each time; nobody writes into them
 
 
@@ -75,7 +77,11 @@ def records():
 
     def read(out, **having):
         lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        lines = [{k: v for k, v in r.items() if k not in NOT_REPEATABLE} for r in lines if having.items() <= r.items()]
+        lines = [
+            {k: v for k, v in r.items() if k not in NOT_REPEATABLE}
+            for r in lines
+            if having.items() <= r.items()
+        ]
         return sorted(lines, key=lambda r: r["key"])
 
     return read

@@ -33,7 +33,7 @@ def assert_one_error(result, *named):
         assert text in errors[0], errors[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------- bad input
 
 
 @pytest.mark.parametrize(("given", "named"), [
@@ -98,7 +98,9 @@ def test_own_data_needs_all_three_tasks(npz, dtl_command, tmp_path):
 @pytest.mark.parametrize("stage", dtl.STAGES)
 def test_unwritable_out(stage, arguments, dtl_command, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    assert_one_error(dtl_command(*arguments(stage, tmp_path / "file" / "out")), "cannot write", str(tmp_path / "file"))
+    assert_one_error(
+        dtl_command(*arguments(stage, tmp_path / "file" / "out")), "cannot write", str(tmp_path / "file")
+    )
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
@@ -133,7 +135,7 @@ def test_what_is_in_the_way_of_a_file_is_named(arguments, dtl_command, tmp_path)
         assert_one_error(dtl_command(*arguments("pretrain", out, pretrain_steps=1)), name)
 
 
-# -------------------------------------------------------------------------------------------------- losses that are NaN
+# ---------------------------------------- losses that are NaN
 
 
 def test_pretraining_that_diverges_stops(arguments, dtl_command, tmp_path, monkeypatch):
@@ -144,7 +146,9 @@ def test_pretraining_that_diverges_stops(arguments, dtl_command, tmp_path, monke
 
 
 @pytest.mark.parametrize("method", ["uniform", "gc"])
-def test_forget_loss_that_is_nan_stops_and_is_named(method, arguments, dtl_command, tmp_path, finished, monkeypatch):
+def test_forget_loss_that_is_nan_stops_and_is_named(
+    method, arguments, dtl_command, tmp_path, finished, monkeypatch
+):
     """While the retain loss is still finite."""
     out = shutil.copytree(finished.out, tmp_path / "out")
     if method == "gc":
@@ -167,7 +171,7 @@ def test_an_attack_that_diverges_stops_and_is_named(arguments, dtl_command, tmp_
     assert (out / "results.jsonl").read_bytes() == (finished.out / "results.jsonl").read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------------- the help
+# ---------------------------------------- the help
 
 
 @pytest.mark.parametrize("stage", dtl.STAGES)
@@ -209,25 +213,42 @@ def test_the_data_command_says_what_it_found(dtl_command, tmp_path, monkeypatch)
     assert_one_error(dtl_command("data", "--data-dir", tmp_path), "no such thing")
 
 
-# ------------------------------------------------------------------------------------------------------ what is written
+# ---------------------------------------- what is written
 
-MODELS = {"scratch", "random", "oracle", "transferred", "disposed:uniform", "disposed:gc", "disposed:gc-fresh"}
+MODELS = {
+    "scratch",
+    "random",
+    "oracle",
+    "transferred",
+    "disposed:uniform",
+    "disposed:gc",
+    "disposed:gc-fresh",
+}
 
 
 def test_results_have_the_promised_fields(finished):
     found = [json.loads(line) for line in (finished.out / "results.jsonl").read_text().splitlines()]
     assert len({r["config"] for r in found}) == 1 and f"config {found[0]['config']}" in finished.output
     for record in found:
-        assert {"seed", "model", "metric", "task", "value", "config", "key", "digest", "revision"} <= set(record)
+        assert {"seed", "model", "metric", "task", "value", "config", "key", "digest", "revision"} <= set(
+            record
+        )
         assert record["seed"] == 0 and 0 <= record["value"] <= 1
         images = 300 if "source" in f"{record['metric']} {record['task']}" else 200
         assert round(record["value"] * images, 6) % 1 == 0  # a share of so many test images
     attacks = [r for r in found if r["metric"] == "pl_accuracy"]
     assert {(r["model"], r["task"], r["attacker"], r["attacker_seed"]) for r in attacks} == {
-        (m, t, a, s) for m in MODELS for t in ("source-subset", "downstream") for a in ("fixed", "long") for s in (0, 1)}
+        (m, t, a, s)
+        for m in MODELS
+        for t in ("source-subset", "downstream")
+        for a in ("fixed", "long")
+        for s in (0, 1)
+    }
     assert all(-1 <= r["mean_cosine"] <= 1 for r in attacks) and len({r["mean_cosine"] for r in attacks}) > 20
     others = {(r["model"], r["metric"]) for r in found if r["metric"] != "pl_accuracy"}
-    assert others >= {(m, "target_accuracy") for m in MODELS - {"random"}} | {("pretrained", "source_accuracy")}
+    assert others >= {(m, "target_accuracy") for m in MODELS - {"random"}} | {
+        ("pretrained", "source_accuracy")
+    }
     assert len(found) == len({r["key"] for r in found}) == len(attacks) + len(others)
 
 
@@ -237,8 +258,19 @@ def test_log_and_header(finished, tiny):
     (settings,) = [row["settings"] for row in log if "settings" in row]
     assert tiny.items() <= settings.items() and set(settings) == {f.name for f in fields(dtl.Config)}
     header = finished.output[: finished.output.index("seed 0 pretrained")]
-    for text in ("python dtl.py ", torch.__version__, np.__version__, "CPU, 1 threads", "native routine: ", "seeds",
-                 "shapes[16:18]@4", "8 training, 200 test images, 2 classes, 8x8", "oracle", "crop,flip", "revision "):
+    for text in (
+        "python dtl.py ",
+        torch.__version__,
+        np.__version__,
+        "CPU, 1 threads",
+        "native routine: ",
+        "seeds",
+        "shapes[16:18]@4",
+        "8 training, 200 test images, 2 classes, 8x8",
+        "oracle",
+        "crop,flip",
+        "revision ",
+    ):
         assert text in header, text
     stages = {row["stage"]: row for row in log if "stage" in row}
     assert {"step", "steps", "seconds", "loss", "gradient"} <= stages["seed 0 pretrained"].keys()
@@ -260,10 +292,19 @@ def test_settings_in_one_folder_never_mix(arguments, dtl_command, records, tmp_p
     """The report has what its command asked for."""
     for rate in (0.1, 0.2):
         assert dtl_command(*arguments("all", tmp_path, methods=["finetune"], fresh_lr=rate)).code == 0
-    first, second = (records(tmp_path, config=dtl.Config(**settings(arguments, fresh_lr=rate)).digest())
-                     for rate in (0.1, 0.2))
+    first, second = (
+        records(tmp_path, config=dtl.Config(**settings(arguments, fresh_lr=rate)).digest())
+        for rate in (0.1, 0.2)
+    )
     assert {r["model"] for r in second} == {"scratch", "oracle"}  # the rest was there
-    assert {r["model"] for r in first} == {"pretrained", "transferred", "scratch", "random", "oracle", "disposed:finetune"}
+    assert {r["model"] for r in first} == {
+        "pretrained",
+        "transferred",
+        "scratch",
+        "random",
+        "oracle",
+        "disposed:finetune",
+    }
     value = next(r["value"] for r in second if r["model"] == "scratch" and r["metric"] == "target_accuracy")
     assert re.search(rf"^\| scratch +\| {100 * value:.1f}", (tmp_path / "report.md").read_text(), re.M)
 
@@ -284,7 +325,11 @@ def test_audit_is_all_with_the_small_set_of_attackers(arguments, dtl_command, re
     report = (tmp_path / "report.md").read_text().split("\n`python")[0]
     assert {r["attacker"] for r in records(tmp_path, metric="pl_accuracy")} == {*dtl.SMALL}
     again = dtl_command(*arguments("all", tmp_path, attackers="small", **given))
-    assert again.code == 0 and (tmp_path / "results.jsonl").read_bytes() == before and trained(tmp_path) == stages
+    assert (
+        again.code == 0
+        and (tmp_path / "results.jsonl").read_bytes() == before
+        and trained(tmp_path) == stages
+    )
     assert (tmp_path / "report.md").read_text().split("\n`python")[0] == report
     assert len(report.splitlines()) > 30 and "worst PL" in report
 
@@ -296,18 +341,22 @@ def test_a_stage_makes_what_it_needs_and_no_more(arguments, dtl_command, trained
         assert dtl_command(*arguments(stage, tmp_path, **short)).code == 0
         made.append([name.removeprefix("seed 0 ") for name in trained(tmp_path)][len(sum(made, [])) :])
     assert made[:3] == [["pretrained"], ["transferred"], ["disposed:finetune"]]
-    assert len(made[3]) == 4 and all(name.split()[0] in ("transferred", "disposed:finetune") for name in made[3])
+    assert len(made[3]) == 4 and all(
+        name.split()[0] in ("transferred", "disposed:finetune") for name in made[3]
+    )
     assert {r["metric"] for r in records(tmp_path)} == {"source_accuracy", "target_accuracy", "pl_accuracy"}
 
 
-def test_piggyback_alone_does_not_blame_the_target_images_for_a_missing_oracle(arguments, dtl_command, tmp_path):
+def test_piggyback_alone_does_not_blame_the_target_images_for_a_missing_oracle(
+    arguments, dtl_command, tmp_path
+):
     """There is none since that command makes no references."""
     short = dict(pretrain_steps=1, transfer_steps=1, dispose_steps=1, attack_steps=1, methods=["finetune"])
     text = dtl_command(*arguments("piggyback", tmp_path, **short)).output
     assert "no leak" in text and "all target images are in use" not in text
 
 
-# -------------------------------------------------------------------------------------------------------- one's own data
+# ---------------------------------------- one's own data
 
 
 @pytest.fixture
@@ -316,8 +365,10 @@ def own(npz):
     return [part for task in ("source", "target", "downstream") for part in (f"--{task}", npz(f"{task}.npz"))]
 
 
-SHORT = ("--transfer-steps 1 --dispose-steps 1 --fresh-steps 1 --attack-steps 1 --methods finetune --subset-per-class 5 "
-         "--chunk-size 8 --chunks 2 --pretrain-steps 2").split()
+SHORT = (
+    "--transfer-steps 1 --dispose-steps 1 --fresh-steps 1 --attack-steps 1 --methods finetune --subset-per-class 5 "
+    "--chunk-size 8 --chunks 2 --pretrain-steps 2"
+).split()
 
 
 def test_own_data_chooses_its_preset_and_its_steps(own, dtl_command, tmp_path, monkeypatch):
@@ -345,7 +396,9 @@ def test_steps_of_zero_follow_the_data(new_run, npz, images):
     y = np.repeat(np.arange(4), images // 4)
     x = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
     path = npz(x_train=x, y_train=y, x_test=x[:4], y_test=np.arange(4))
-    zero = dict.fromkeys(("pretrain_steps", "transfer_steps", "dispose_steps", "fresh_steps", "attack_steps"), 0)
+    zero = dict.fromkeys(
+        ("pretrain_steps", "transfer_steps", "dispose_steps", "fresh_steps", "attack_steps"), 0
+    )
     tasks = dict(source=str(path), target=str(path), downstream=str(path), subset_per_class=images // 4)
     found = new_run(**zero, **tasks, batch_size=10, oracle_per_class=0).config
     least = new_run(**zero, batch_size=8, subset_per_class=4).config
@@ -357,7 +410,7 @@ def test_steps_of_zero_follow_the_data(new_run, npz, images):
     assert kept.pretrain_steps == 7 and kept.transfer_steps == least.transfer_steps
 
 
-# ----------------------------------------------------------------------------------------------------- the bare program
+# ---------------------------------------- the bare program
 
 
 def test_ctrl_c_says_what_was_saved(arguments, root, tmp_path):
@@ -369,14 +422,20 @@ def test_ctrl_c_says_what_was_saved(arguments, root, tmp_path):
     )  # fmt: skip
     try:
         end = time.monotonic() + 60
-        while not list(tmp_path.glob("checkpoints/*.part.pt")) and process.poll() is None and time.monotonic() < end:
+        while (
+            not list(tmp_path.glob("checkpoints/*.part.pt"))
+            and process.poll() is None
+            and time.monotonic() < end
+        ):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    said = re.search(r"interrupted: seed 0 pretrained was at step (\d+) of 1000000, saved up\s+to step (\d+)", errors)
+    said = re.search(
+        r"interrupted: seed 0 pretrained was at step (\d+) of 1000000, saved up\s+to step (\d+)", errors
+    )
     (part,) = tmp_path.glob("checkpoints/*.part.pt")
     assert said and "Traceback" not in errors
     key = part.name.split("-")[-1].split(".")[0]
@@ -391,14 +450,20 @@ def test_the_file_alone_runs_on_a_bare_machine(root, tmp_path):
     site.mkdir()
     shutil.copy(root / "dtl.py", alone)
     (site / "sitecustomize.py").write_text(
-        "import sys\nfor name in ('cffi', '_cffi_backend', 'matplotlib', '_gc_native_ext'):\n    sys.modules[name] = None\n")
+        "import sys\nfor name in ('cffi', '_cffi_backend', 'matplotlib', '_gc_native_ext'):\n    sys.modules[name] = None\n"
+    )
     short = "--pretrain-steps 3 --transfer-steps 2 --dispose-steps 2 --fresh-steps 2 --attack-steps 1 --image-size 8"
     environment = {"PATH": str(tmp_path / "nothing"), "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1",
                    "HOME": str(tmp_path)}  # fmt: skip
     small = ["--source", "shapes[0:4]@16", "--target", "shapes[16:18]@4", "--downstream", "shapes[24:26]@4",
              "--oracle-per-class", "6", "--subset-per-class", "6", "--chunk-size", "16"]  # fmt: skip
-    done = subprocess.run([sys.executable, "dtl.py", "all", *short.split(), *small], cwd=alone, text=True,
-                          capture_output=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "dtl.py", "all", *short.split(), *small],
+        cwd=alone,
+        text=True,
+        capture_output=True,
+        env=environment,
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "native routine: not built" in done.stdout and "revision unknown" in done.stdout
     for row in (*dtl.REFERENCES, *dtl.TOY_METHODS):

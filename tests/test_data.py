@@ -34,7 +34,7 @@ def numbers(images):
     return images[:, 0, 0, 0].tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------- task names
+# ---------------------------------------- task names
 
 
 @pytest.mark.parametrize(("classes", "expected"), [
@@ -44,7 +44,10 @@ def test_classes_are_chosen_and_renumbered(npz, classes, expected):
     """And labels stay with their images."""
     chosen = task(f"{npz()}{classes}")
     assert chosen.classes == len(expected)
-    for images, labels, per_class, first in ((chosen.x, chosen.y, 10, 0), (chosen.x_test, chosen.y_test, 4, 30)):
+    for images, labels, per_class, first in (
+        (chosen.x, chosen.y, 10, 0),
+        (chosen.x_test, chosen.y_test, 4, 30),
+    ):
         assert images.dtype == torch.uint8 and images.shape == (per_class * len(expected), 3, 8, 8)
         for new, old in enumerate(expected):
             begin = first + per_class * old
@@ -69,7 +72,13 @@ def test_the_fingerprint_covers_images_and_labels_of_both_parts(npz):
     changed[7, 3, 3, 1], other[0], other_test[0] = 1, 1, 1
     arrays = dict(x_train=plain, x_test=plain[:12], y_train=y, y_test=y_test)
     prints = set()
-    for change in ({}, dict(x_train=changed), dict(x_test=changed[:12]), dict(y_train=other), dict(y_test=other_test)):
+    for change in (
+        {},
+        dict(x_train=changed),
+        dict(x_test=changed[:12]),
+        dict(y_train=other),
+        dict(y_test=other_test),
+    ):
         dtl.load_set.cache_clear()
         prints.add(task(npz(**arrays | change)).fingerprint)
     assert len(prints) == 5
@@ -125,7 +134,7 @@ def test_validation_images_are_taken_from_the_training_images(seed):
     assert sorted([*y_train, *y_held]) == sorted(y)
 
 
-# ---------------------------------------------------------------------------------------------------- a user's own data
+# ---------------------------------------- a user's own data
 
 X, Y = np.zeros((30, 8, 8, 3), np.uint8), np.repeat(np.arange(3), 10)
 
@@ -153,7 +162,9 @@ def test_a_bad_npz_is_one_error_naming_the_array(npz, changes, named):
     assert "own.npz" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"text", lambda data: data[: len(data) // 2]])
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: b"text", lambda data: data[: len(data) // 2]]
+)
 def test_a_file_that_is_no_npz_is_named(npz, damage):
     path = npz()
     path.write_bytes(damage(path.read_bytes()))
@@ -212,13 +223,15 @@ def test_tasks_of_different_image_sizes(npz, new_run):
     given = dict(target=f"{npz()}[0:2]@4")
     with pytest.raises(dtl.DTLError, match=r"(16, 16.*8, 8|8, 8.*16, 16).*--image-size"):
         new_run(**given, image_size=0)
-    sizes = {new_run(**given, image_size=8).task(name).x.shape[2:] for name in ("source", "target", "downstream")}
+    sizes = {
+        new_run(**given, image_size=8).task(name).x.shape[2:] for name in ("source", "target", "downstream")
+    }
     assert sizes == {(8, 8)}
     with pytest.raises(dtl.DTLError, match="own.npz.*8.*smaller than --image-size 12"):
         new_run(**given, image_size=12)
 
 
-# --------------------------------------------------------------------------------------------------------- the archives
+# ---------------------------------------- the archives
 
 FILES = {"cifar10": {f"data_batch_{i}.bin": 2 for i in range(1, 6)} | {"test_batch.bin": 2},
          "cifar100": {"train.bin": 10, "test.bin": 2}}  # fmt: skip
@@ -228,7 +241,9 @@ LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 def made_up(name):
     """What the files of a small archive of that kind hold: file -> (n, label bytes + 3072) uint8."""
     rng = np.random.default_rng(0)
-    return {f: rng.integers(0, 10, (n, LABEL_BYTES[name] + 3072), dtype=np.uint8) for f, n in FILES[name].items()}
+    return {
+        f: rng.integers(0, 10, (n, LABEL_BYTES[name] + 3072), dtype=np.uint8) for f, n in FILES[name].items()
+    }
 
 
 def packed(members):
@@ -272,7 +287,9 @@ def serve(tmp_path, monkeypatch):
             (site / file).write_bytes(archive)
         sha256 = sha256 or hashlib.sha256(archive or b"").hexdigest()
         address, _, folder, _, *labels = dtl.ARCHIVES[name]
-        monkeypatch.setitem(dtl.ARCHIVES, name, (f"http://127.0.0.1:{port}/{file}", sha256, folder, FILES[name], *labels))
+        monkeypatch.setitem(
+            dtl.ARCHIVES, name, (f"http://127.0.0.1:{port}/{file}", sha256, folder, FILES[name], *labels)
+        )
         return tmp_path / "data" / folder
 
     yield offer
@@ -282,7 +299,9 @@ def serve(tmp_path, monkeypatch):
 
 
 def left(tmp_path):
-    return sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "site"))
+    return sorted(
+        str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "site")
+    )
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -294,8 +313,15 @@ def test_archive_is_fetched_and_read(name, tmp_path, serve):
     assert {p.name for p in folder.parent.iterdir()} == {folder.name, dtl.ARCHIVES[name][0].rsplit("/", 1)[1]}
     *train, test = files.values()
     for records, images, labels in ((np.concatenate(train), x, y), (test, x_test, y_test)):
-        assert images.shape == (len(records), 3, 32, 32) and images.dtype == np.uint8 and labels.dtype == np.int64
-        pixels, label = records[:, -3072:], records[:, -3073]  # the label before the pixels: cifar100's fine one
+        assert (
+            images.shape == (len(records), 3, 32, 32)
+            and images.dtype == np.uint8
+            and labels.dtype == np.int64
+        )
+        pixels, label = (
+            records[:, -3072:],
+            records[:, -3073],
+        )  # the label before the pixels: cifar100's fine one
         np.testing.assert_array_equal(labels, label)
         np.testing.assert_array_equal(images[:, 1, 2, 3], pixels[:, 1024 + 2 * 32 + 3])  # planes, then rows
         np.testing.assert_array_equal(images.reshape(len(records), -1), pixels)
@@ -388,7 +414,9 @@ def test_a_server_that_answers_nonsense(tmp_path, serve, answer):
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            folder = serve("cifar100", None, "2" * 64, **({} if answer is None else dict(port=server.server_address[1])))
+            folder = serve(
+                "cifar100", None, "2" * 64, **({} if answer is None else dict(port=server.server_address[1]))
+            )
             with pytest.raises(dtl.DTLError, match="cifar-100-binary.tar.gz") as error:
                 dtl.read_archive("cifar100", tmp_path / "data")
         finally:
@@ -398,7 +426,7 @@ def test_a_server_that_answers_nonsense(tmp_path, serve, answer):
     assert not folder.exists()
 
 
-# ----------------------------------------------------------------------------------------------------------- the images
+# ---------------------------------------- the images
 
 
 def test_shapes_are_deterministic_and_whole():
@@ -454,8 +482,9 @@ def test_augmented_images_are_crops_and_flips_of_their_own_image(seed, size):
 @pytest.mark.parametrize(("how", "flips"), [("crop,flip", (False, True)), ("crop", (False,))])
 def test_every_crop_and_flip_occurs_image_by_image(how, flips):
     image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
-    first, again = (dtl.augmented(image.expand(500, -1, -1, -1), how, torch.Generator().manual_seed(3))
-                    for _ in range(2))
+    first, again = (
+        dtl.augmented(image.expand(500, -1, -1, -1), how, torch.Generator().manual_seed(3)) for _ in range(2)
+    )
     assert first.equal(again)
     assert {i.numpy().tobytes() for i in first} == set(variants(image[0].numpy(), flips))
 
@@ -467,10 +496,12 @@ def test_without_augmentation_images_stay_as_they_are():
 
 def test_normalised_images_lie_about_zero():
     found = dtl.normalise(torch.tensor([0, 127, 128, 255], dtype=torch.uint8))
-    assert found.dtype == torch.float32 and found.tolist() == pytest.approx([-2, -0.5 / 63.75, 0.5 / 63.75, 2])
+    assert found.dtype == torch.float32 and found.tolist() == pytest.approx(
+        [-2, -0.5 / 63.75, 0.5 / 63.75, 2]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- the batches
+# ---------------------------------------- the batches
 
 
 def numbered(count, classes=7):
@@ -489,7 +520,12 @@ def drawn(task, size, step, seed=0, augment="none"):
     return found.tolist()
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 2**62), st.sampled_from(["none", "crop", "crop,flip"]))
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.integers(0, 2**62),
+    st.sampled_from(["none", "crop", "crop,flip"]),
+)
 @settings(max_examples=40)
 def test_an_epoch_has_every_image_at_most_once_with_its_label(count, size, seed, augment):
     task, epoch = numbered(count), count // min(size, count)
@@ -505,13 +541,19 @@ def test_every_step_has_another_batch_every_epoch_and_every_seed_another_order()
     assert all(sorted(sum(e, [])) == list(range(60)) for e in epochs)
     flat = [tuple(batch) for e in epochs for batch in e]
     assert len(set(flat)) == len({frozenset(b) for b in flat}) == 12
-    assert epochs[0] == [drawn(task, 20, k) for k in range(3)] != [drawn(task, 20, k, seed=1) for k in range(3)]
+    assert (
+        epochs[0] == [drawn(task, 20, k) for k in range(3)] != [drawn(task, 20, k, seed=1) for k in range(3)]
+    )
 
 
 def test_training_batches_are_augmented_as_asked_for(monkeypatch):
     seen, augmented = [], dtl.augmented
-    monkeypatch.setattr(dtl, "augmented", lambda x, how, g: (seen.append((len(x), how, g)), augmented(x, how, g))[1])
+    monkeypatch.setattr(
+        dtl, "augmented", lambda x, how, g: (seen.append((len(x), how, g)), augmented(x, how, g))[1]
+    )
     task, generator = numbered(9), torch.Generator()
     x, _ = dtl.batch(task, 9, 0, 0, "crop,flip", generator)
     assert seen == [(9, "crop,flip", generator)]
-    assert (x == dtl.normalise(torch.tensor(0, dtype=torch.uint8))).flatten(1).any(1).sum() > 4  # padding came in
+    assert (x == dtl.normalise(torch.tensor(0, dtype=torch.uint8))).flatten(1).any(
+        1
+    ).sum() > 4  # padding came in

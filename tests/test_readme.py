@@ -16,8 +16,10 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.S | re.M)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = list(dict.fromkeys(re.findall(r"python dtl\.py [^`\n&|]*", README)))
-TINY = ("--pretrain-steps 1 --transfer-steps 1 --dispose-steps 1 --fresh-steps 1 --attack-steps 1 --image-size 8 "
-        "--chunks 2 --chunk-size 2 --batch-size 16").split()
+TINY = (
+    "--pretrain-steps 1 --transfer-steps 1 --dispose-steps 1 --fresh-steps 1 --attack-steps 1 --image-size 8 "
+    "--chunks 2 --chunk-size 2 --batch-size 16"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +30,28 @@ def folder(tmp_path_factory):
 
 def a_project():
     """What the README's example of the loss takes for granted: a project of the reader's own, and the copied block."""
-    block = re.search(r"# --- copy from here ---\n(.*?)# --- to here ---", (ROOT / "dtl.py").read_text(), re.S)[1]
+    block = re.search(
+        r"# --- copy from here ---\n(.*?)# --- to here ---", (ROOT / "dtl.py").read_text(), re.S
+    )[1]
     names = {}
     exec(compile(block, "copied", "exec"), names)
     backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
     optimizer = torch.optim.SGD(backbone.parameters(), 0.1)
     source = dict(source_x=torch.randn(32, 6), source_y=torch.randint(0, 3, (32,)))
-    return names | source | dict(F=F, nn=nn, torch=torch, backbone=backbone, features=5, classes=3, optimizer=optimizer,
-                                 retain_loss=backbone(torch.randn(4, 6)).square().mean())
+    return (
+        names
+        | source
+        | dict(
+            F=F,
+            nn=nn,
+            torch=torch,
+            backbone=backbone,
+            features=5,
+            classes=3,
+            optimizer=optimizer,
+            retain_loss=backbone(torch.randn(4, 6)).square().mean(),
+        )
+    )
 
 
 @pytest.mark.parametrize("text", PYTHON)
@@ -71,15 +87,21 @@ def test_commands_are_understood(command, dtl_command, folder, monkeypatch):
     result = dtl_command(*arguments)
     if result.code:
         assert "--gpu" in command or "cifar" in command or arguments[0] == "data", result.output
-        assert len(re.findall("^Error: (?:--gpu|cannot download|--source: cannot download)", result.output, re.M)) == 1, (
-            result.output)
+        assert (
+            len(
+                re.findall("^Error: (?:--gpu|cannot download|--source: cannot download)", result.output, re.M)
+            )
+            == 1
+        ), result.output
 
 
 def test_every_option_named_exists():
     known = {option for command in dtl.main.commands.values() for p in command.params for option in p.opts}
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.S | re.M))
     ours = [text for text in inline if text.startswith("--") or "dtl.py" in text.split(" --")[0]] + COMMANDS
-    named = {option for text in ours for option in re.findall(r"(?:^|\s)(--[a-z-]+)", text.split("dtl.py")[-1])}
+    named = {
+        option for text in ours for option in re.findall(r"(?:^|\s)(--[a-z-]+)", text.split("dtl.py")[-1])
+    }
     assert named and named - known <= {"--help", "--version"}
 
 
@@ -113,8 +135,14 @@ def test_figures_are_those_a_run_wrote(kind, name):
         assert shown == (f"```\n{written}\n```" if name.endswith(".txt") else written)
 
 
-@pytest.mark.parametrize("folder", sorted(p.parent.name for p in (ROOT / "experiments").glob("*/results.jsonl")
-                                          if '"digest"' in p.read_text().split("\n")[0]))
+@pytest.mark.parametrize(
+    "folder",
+    sorted(
+        p.parent.name
+        for p in (ROOT / "experiments").glob("*/results.jsonl")
+        if '"digest"' in p.read_text().split("\n")[0]
+    ),
+)
 def test_published_tables_come_from_their_results(folder, capsys):
     """Of what the program as it is now has measured."""
     out = ROOT / "experiments" / folder
@@ -123,7 +151,9 @@ def test_published_tables_come_from_their_results(folder, capsys):
     if (out / "report.md").exists():
         models = [*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS)]
         found = [line for line in dtl.tables(dtl.Rows([*results.values()], models)) if line]
-        assert found == [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
+        assert found == [
+            line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")
+        ]
 
 
 def test_dependencies_stand_in_three_places_alike():

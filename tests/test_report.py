@@ -21,7 +21,15 @@ def target(model, value, seed=0):
                 attacker_seed=None)  # fmt: skip
 
 
-MODELS = ("scratch", "random", "oracle", "transferred", "disposed:uniform", "disposed:gc", "disposed:gc-fresh")
+MODELS = (
+    "scratch",
+    "random",
+    "oracle",
+    "transferred",
+    "disposed:uniform",
+    "disposed:gc",
+    "disposed:gc-fresh",
+)
 PL = dict(zip(MODELS, (0.40, 0.30, 0.42, 0.62, 0.60, 0.47, 0.40)))
 
 
@@ -45,14 +53,20 @@ def rows(records, models=MODELS):
     return dtl.Rows(records, models)
 
 
-# -------------------------------------------------------------------------------------------------------- worst cases
+# ---------------------------------------- worst cases
 
 
 def test_the_worst_case_is_the_attacker_that_reaches_most():
     """For each model and task by itself, on test accuracy."""
-    values = {("disposed:gc", "source-subset"): (0.3, 0.5, 0.4), ("disposed:gc", "downstream"): (0.7, 0.5, 0.6),
-              ("transferred", "source-subset"): (0.8, 0.9, 0.95), ("transferred", "downstream"): (0.2, 0.1, 0.15)}
-    found = rows([pl(m, v, t, a) for (m, t), vs in values.items() for a, v in zip(("fixed", "long", "few"), vs)])
+    values = {
+        ("disposed:gc", "source-subset"): (0.3, 0.5, 0.4),
+        ("disposed:gc", "downstream"): (0.7, 0.5, 0.6),
+        ("transferred", "source-subset"): (0.8, 0.9, 0.95),
+        ("transferred", "downstream"): (0.2, 0.1, 0.15),
+    }
+    found = rows(
+        [pl(m, v, t, a) for (m, t), vs in values.items() for a, v in zip(("fixed", "long", "few"), vs)]
+    )
     for (model, task), tried in values.items():
         assert found.get("pl", model, task, "worst")[0] == pytest.approx(max(tried))
         assert found.get("pl", model, task, "few")[0] == pytest.approx(tried[2])
@@ -60,8 +74,12 @@ def test_the_worst_case_is_the_attacker_that_reaches_most():
 
 def test_the_worst_case_is_by_the_mean_over_attacker_seeds():
     """One lucky seed of an attacker does not make it the strongest; its value is that of the mean."""
-    lucky = [pl("transferred", v, t, a, s) for t in TASKS for a, vs in
-             (("fixed", (0.60, 0.60)), ("long", (0.90, 0.10)), ("few", (0.2, 0.3))) for s, v in enumerate(vs)]
+    lucky = [
+        pl("transferred", v, t, a, s)
+        for t in TASKS
+        for a, vs in (("fixed", (0.60, 0.60)), ("long", (0.90, 0.10)), ("few", (0.2, 0.3)))
+        for s, v in enumerate(vs)
+    ]
     for records in (lucky, lucky[::-1]):
         found = rows(records)
         assert found.get("pl", "transferred", "downstream", "worst") == pytest.approx((0.6, 0.6, 0.6))
@@ -70,8 +88,12 @@ def test_the_worst_case_is_by_the_mean_over_attacker_seeds():
 
 def test_the_worst_case_is_one_attacker_for_all_seeds():
     """Not each seed's own: that would choose on noise."""
-    records = [pl("transferred", v, t, a, 0, s) for t in TASKS
-               for a, vs in (("fixed", (0.5, 0.3, 0.4)), ("long", (0.3, 0.4, 0.41))) for s, v in enumerate(vs)]
+    records = [
+        pl("transferred", v, t, a, 0, s)
+        for t in TASKS
+        for a, vs in (("fixed", (0.5, 0.3, 0.4)), ("long", (0.3, 0.4, 0.41)))
+        for s, v in enumerate(vs)
+    ]
     assert rows(records).get("pl", "transferred", "downstream", "worst")[0] == pytest.approx(0.4)
 
 
@@ -80,14 +102,20 @@ def test_attackers_are_listed_in_the_order_of_their_table():
     assert rows(records).attackers == [a for a in dtl.ATTACKERS if a in ("few", "fixed", "long")]
 
 
-# -------------------------------------------------------------------------------------------- the leak and its interval
+# ---------------------------------------- the leak and its interval
 
 
 def test_leak_is_a_ratio_of_means_and_its_interval_a_bootstrap_over_whole_seeds():
     """By hand: the seeds are drawn with replacement, the three models' values staying together."""
-    top, zero, mine = (np.array(v) for v in ([0.50, 0.70, 0.66, 0.58], [0.40, 0.45, 0.42, 0.44], [0.42, 0.60, 0.50, 0.47]))
-    records = [pl(m, v, t, "fixed", 0, s) for t in TASKS for m, vs in
-               (("transferred", top), ("oracle", zero), ("disposed:gc", mine)) for s, v in enumerate(vs)]
+    top, zero, mine = (
+        np.array(v) for v in ([0.50, 0.70, 0.66, 0.58], [0.40, 0.45, 0.42, 0.44], [0.42, 0.60, 0.50, 0.47])
+    )
+    records = [
+        pl(m, v, t, "fixed", 0, s)
+        for t in TASKS
+        for m, vs in (("transferred", top), ("oracle", zero), ("disposed:gc", mine))
+        for s, v in enumerate(vs)
+    ]
     value, low, high = rows(records[::-1]).get("leak", "disposed:gc", "downstream", "fixed")
     assert value == pytest.approx((mine.mean() - zero.mean()) / (top.mean() - zero.mean()))
     assert value != pytest.approx(((mine - zero) / (top - zero)).mean(), abs=0.01)  # never a mean of ratios
@@ -101,13 +129,19 @@ def test_leak_is_a_ratio_of_means_and_its_interval_a_bootstrap_over_whole_seeds(
 
 def test_other_intervals_are_bootstraps_too():
     values, zero = np.array([0.42, 0.60, 0.50]), np.array([0.40, 0.45, 0.30])
-    records = [pl(m, v, t, "fixed", 0, s) for t in TASKS for m, vs in (("disposed:gc", values), ("oracle", zero))
-               for s, v in enumerate(vs)]
+    records = [
+        pl(m, v, t, "fixed", 0, s)
+        for t in TASKS
+        for m, vs in (("disposed:gc", values), ("oracle", zero))
+        for s, v in enumerate(vs)
+    ]
     found = rows(records)
     draws = np.random.default_rng(5).integers(0, 3, (20000, 3))
     for what, sample in (("pl", values), ("points", values - zero)):
         expected = (sample.mean(), *np.percentile(sample[draws].mean(1), (2.5, 97.5)))
-        assert found.get(what, "disposed:gc", "downstream", "fixed") == pytest.approx(expected, abs=0.01), what
+        assert found.get(what, "disposed:gc", "downstream", "fixed") == pytest.approx(expected, abs=0.01), (
+            what
+        )
 
 
 def test_the_leak_of_one_seed_has_no_width_and_its_ends_are_zero_and_one():
@@ -122,8 +156,15 @@ def test_the_leak_of_one_seed_has_no_width_and_its_ends_are_zero_and_one():
 
 
 def test_change_is_against_transferred_and_points_against_oracle():
-    records = [target("transferred", 0.60), target("disposed:gc", 0.55), *(
-        pl(m, v, t) for t in TASKS for m, v in (("transferred", 0.7), ("oracle", 0.4), ("disposed:gc", 0.45)))]
+    records = [
+        target("transferred", 0.60),
+        target("disposed:gc", 0.55),
+        *(
+            pl(m, v, t)
+            for t in TASKS
+            for m, v in (("transferred", 0.7), ("oracle", 0.4), ("disposed:gc", 0.45))
+        ),
+    ]
     found = rows(records)
     assert found.get("target", "disposed:gc")[0] == pytest.approx(0.55)
     assert found.get("change", "disposed:gc")[0] == pytest.approx(-0.05)
@@ -140,11 +181,21 @@ def test_change_is_against_transferred_and_points_against_oracle():
 ])  # fmt: skip
 def test_no_leak_where_transferred_hardly_stands_above_oracle(gaps, printed):
     """By 3 points, and by twice the standard error over seeds; then one line says why."""
-    records = [pl(m, v, t, "fixed", 0, s) for t in TASKS for s, gap in enumerate(gaps)
-               for m, v in (("oracle", 0.4), ("transferred", 0.4 + (gap if t == "downstream" else 0.3)), ("disposed:gc", 0.42))]
+    records = [
+        pl(m, v, t, "fixed", 0, s)
+        for t in TASKS
+        for s, gap in enumerate(gaps)
+        for m, v in (
+            ("oracle", 0.4),
+            ("transferred", 0.4 + (gap if t == "downstream" else 0.3)),
+            ("disposed:gc", 0.42),
+        )
+    ]
     found = rows(records)
     leak, why = found.get("leak", "disposed:gc", "downstream", "fixed"), dtl.in_words(found)
-    assert (leak is not None) == printed and found.get("leak", "disposed:gc", "source-subset", "fixed") is not None
+    assert (leak is not None) == printed and found.get(
+        "leak", "disposed:gc", "source-subset", "fixed"
+    ) is not None
     said = [line for line in why if line.startswith("no leak")]
     assert len(said) == (not printed)
     if not printed:
@@ -155,13 +206,15 @@ def test_no_leak_where_transferred_hardly_stands_above_oracle(gaps, printed):
 
 def test_no_leak_without_an_oracle_and_one_line_for_both_tasks():
     found = rows(made_up(models=[m for m in MODELS if m != "oracle"]))
-    assert all(found.get(what, "disposed:gc", t, "worst") is None for what in ("leak", "points") for t in TASKS)
+    assert all(
+        found.get(what, "disposed:gc", t, "worst") is None for what in ("leak", "points") for t in TASKS
+    )
     said = [line for line in dtl.in_words(found) if "no leak" in line]
     assert len(said) == 1 and "oracle" in said[0] and "b.npz@20" in said[0]  # why, and what to do
     assert "| oracle" not in "\n".join(dtl.tables(found))
 
 
-# ----------------------------------------------------------------------------------------------- the tables, the words
+# ---------------------------------------- the tables, the words
 
 
 def parsed(lines):
@@ -188,27 +241,42 @@ def by_attacker(tables, task):
 def test_tables_of_one_seed_are_at_most_100_columns_wide(attackers):
     """With every method there is."""
     models = (*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS))
-    records = [pl(m, 0.987654 - 0.3 * (m == "oracle"), t, a) for m in models for t in TASKS for a in attackers]
+    records = [
+        pl(m, 0.987654 - 0.3 * (m == "oracle"), t, a) for m in models for t in TASKS for a in attackers
+    ]
     records += [target(m, 0.98765 - 0.3 * (m == "disposed:scrub")) for m in models]
     lines = dtl.tables(dtl.Rows(records, models))
     assert max(map(len, lines)) <= 100
     tables = [line for line in lines if line.startswith("|")]
-    assert len({len(line.split("|")) for line in tables}) <= 2 and len(tables) == 2 * 15 * (1 + (len(attackers) > 1))
+    assert len({len(line.split("|")) for line in tables}) <= 2 and len(tables) == 2 * 15 * (
+        1 + (len(attackers) > 1)
+    )
 
 
 def test_what_stands_in_the_tables():
     records = [target("transferred", 0.601), target("oracle", 0.59), target("disposed:gc", 0.552)]
     for t, extra in zip(TASKS, (0.0, 0.1)):
-        records += [pl("transferred", 0.6 + extra, t, "fixed", mean_cosine=0.5), pl("oracle", 0.4, t, "fixed", mean_cosine=0.1),
-                    pl("disposed:gc", 0.45, t, "fixed", mean_cosine=-0.02)]
-        records += [pl("transferred", 0.7 + extra, t, "long"), pl("oracle", 0.5, t, "long"), pl("disposed:gc", 0.44, t, "long")]
+        records += [
+            pl("transferred", 0.6 + extra, t, "fixed", mean_cosine=0.5),
+            pl("oracle", 0.4, t, "fixed", mean_cosine=0.1),
+            pl("disposed:gc", 0.45, t, "fixed", mean_cosine=-0.02),
+        ]
+        records += [
+            pl("transferred", 0.7 + extra, t, "long"),
+            pl("oracle", 0.5, t, "long"),
+            pl("disposed:gc", 0.44, t, "long"),
+        ]
     found = parsed(dtl.tables(rows(records)))
     for t, extra in zip(TASKS, (0, 10)):
         assert [*found[t]] == ["oracle", "transferred", "gc"]
         gc = found[t]["gc"]
         assert gc["target %"] == "55.2" and gc["change"] == "-4.9" and gc["cosine"] == "-0.02"
-        assert gc["fixed PL %"] == "45.0 +5.0" and float(gc["fixed leak"]) == pytest.approx(5 / (20 + extra), abs=0.006)
-        assert gc["worst PL %"] == "45.0 -5.0" and float(gc["worst leak"]) == pytest.approx(-5 / (20 + extra), abs=0.006)
+        assert gc["fixed PL %"] == "45.0 +5.0" and float(gc["fixed leak"]) == pytest.approx(
+            5 / (20 + extra), abs=0.006
+        )
+        assert gc["worst PL %"] == "45.0 -5.0" and float(gc["worst leak"]) == pytest.approx(
+            -5 / (20 + extra), abs=0.006
+        )
         assert found[t]["transferred"]["worst PL %"] == f"{70 + extra}.0 +{20 + extra}.0"
         others = by_attacker(found, t)
         assert others["gc"] == {"fixed": "45.0", "long": "44.0"} and others["oracle"]["long"] == "50.0"
@@ -216,12 +284,20 @@ def test_what_stands_in_the_tables():
 
 def test_of_one_attacker_nothing_is_called_worst():
     found = parsed(dtl.tables(rows(made_up(attackers=("fixed",)))))
-    assert [*found] == [*TASKS] and [*found["downstream"]["gc"]] == ["target %", "change", "PL %", "leak", "cosine"]
+    assert [*found] == [*TASKS] and [*found["downstream"]["gc"]] == [
+        "target %",
+        "change",
+        "PL %",
+        "leak",
+        "cosine",
+    ]
 
 
 def test_of_several_seeds_the_leak_has_its_interval():
     found = parsed(dtl.tables(rows(made_up(seeds=3))))
-    value, low, high = map(float, re.fullmatch(r"(\S+) \((\S+), (\S+)\)", found["downstream"]["gc"]["fixed leak"]).groups())
+    value, low, high = map(
+        float, re.fullmatch(r"(\S+) \((\S+), (\S+)\)", found["downstream"]["gc"]["fixed leak"]).groups()
+    )
     assert low <= value <= high and low < high
 
 
@@ -234,7 +310,14 @@ def test_the_words_have_the_numbers_of_the_table():
     found = rows(made_up(noise=0))
     gc, fresh = [line for line in dtl.in_words(found) if line.startswith("In words")]
     assert gc.startswith("In words: gc ") and fresh.startswith("In words: gc-fresh ")
-    for number in ("54.7%", "-1.5 points", "51.0%", "66.0%", "46.0%", "0.25"):  # target, change; gc, transferred, oracle
+    for number in (
+        "54.7%",
+        "-1.5 points",
+        "51.0%",
+        "66.0%",
+        "46.0%",
+        "0.25",
+    ):  # target, change; gc, transferred, oracle
         assert number in gc, number
     for number in ("40.0%", "-0.30"):
         assert number in fresh, number
@@ -242,13 +325,19 @@ def test_the_words_have_the_numbers_of_the_table():
 
 
 def test_words_of_no_gc_method_are_none():
-    assert not [line for line in dtl.in_words(rows(made_up(models=MODELS[:5]))) if line.startswith("In words")]
+    assert not [
+        line for line in dtl.in_words(rows(made_up(models=MODELS[:5]))) if line.startswith("In words")
+    ]
 
 
 def test_the_picture_is_drawn_whole_or_not_at_all(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     path = tmp_path / "report.png"
-    for records in (made_up(), made_up(attackers=("fixed",)), made_up(seeds=3, attackers=("long", "few"), models=MODELS[3:])):
+    for records in (
+        made_up(),
+        made_up(attackers=("fixed",)),
+        made_up(seeds=3, attackers=("long", "few"), models=MODELS[3:]),
+    ):
         path.unlink(missing_ok=True)
         dtl.picture(path, rows(records))
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 8000
@@ -269,7 +358,7 @@ def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-# ------------------------------------------------------------------------------------------------- of a run, as written
+# ---------------------------------------- of a run, as written
 
 
 def test_the_report_of_a_run_is_that_of_its_results(finished):
@@ -286,12 +375,20 @@ def test_the_report_of_a_run_is_that_of_its_results(finished):
             model = next(m for m in MODELS if m.removeprefix("disposed:") == name)
             reached = {a: np.mean(of[model, "pl_accuracy", task, a]) for a in ("fixed", "long")}
             assert float(cells["fixed PL %"].split()[0]) == pytest.approx(100 * reached["fixed"], abs=0.051)
-            assert float(cells["worst PL %"].split()[0]) == pytest.approx(100 * max(reached.values()), abs=0.051)
-            assert float(by_attacker(found, task)[name]["long"]) == pytest.approx(100 * reached["long"], abs=0.051)
+            assert float(cells["worst PL %"].split()[0]) == pytest.approx(
+                100 * max(reached.values()), abs=0.051
+            )
+            assert float(by_attacker(found, task)[name]["long"]) == pytest.approx(
+                100 * reached["long"], abs=0.051
+            )
             if model != "random":
                 (value,) = of[model, "target_accuracy", None, None]
                 assert float(cells["target %"]) == pytest.approx(100 * value, abs=0.051)
-            cosines = [r["mean_cosine"] for r in records if (r["model"], r["task"], r["attacker"]) == (model, task, "fixed")]
+            cosines = [
+                r["mean_cosine"]
+                for r in records
+                if (r["model"], r["task"], r["attacker"]) == (model, task, "fixed")
+            ]
             assert float(cells["cosine"]) == pytest.approx(np.mean(cosines), abs=0.0051)
     (source,) = of["pretrained", "source_accuracy", None, None]
     assert f"{100 * source:.1f}%" in text.split("| source-subset")[0]

@@ -31,10 +31,12 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-# --------------------------------------------------------------------------------------------------------- same results
+# ---------------------------------------- same results
 
 
-def test_the_same_command_again_does_nothing_again(finished, arguments, dtl_command, records, trained, tmp_path):
+def test_the_same_command_again_does_nothing_again(
+    finished, arguments, dtl_command, records, trained, tmp_path
+):
     out = shutil.copytree(finished.out, tmp_path / "out")
     before, report = (out / "results.jsonl").read_bytes(), (out / "report.md").read_text()
     result = dtl_command(*arguments("all", out, attackers="fixed,long", attacker_seeds=2))
@@ -50,14 +52,19 @@ def test_results_do_not_depend_on_what_ran_before(finished, arguments, dtl_comma
     assert dtl_command(*arguments("all", tmp_path / "a", **other)).code == 0
     for stage, methods in (("dispose", ("gc-fresh",)), ("piggyback", ("gc",))):
         assert dtl_command(*arguments(stage, tmp_path / "b", methods=methods)).code == 0
-    for out, models in (("a", {*dtl.REFERENCES, "pretrained", "disposed:gc"}),
-                        ("b", {"pretrained", "transferred", "disposed:gc", "disposed:gc-fresh"})):
+    for out, models in (
+        ("a", {*dtl.REFERENCES, "pretrained", "disposed:gc"}),
+        ("b", {"pretrained", "transferred", "disposed:gc", "disposed:gc-fresh"}),
+    ):
         shared = [r for r in records(tmp_path / out) if r["key"] in expected]
         assert {r["model"] for r in shared} == models
         for r in shared:
             assert {**r, "config": 0} == {**expected[r["key"]], "config": 0}
     assert {r["attacker"] for r in records(tmp_path / "a", metric="pl_accuracy")} == {"few", "fixed"}
-    by_seed = [[{**r, "seed": 0, "key": 0} for r in records(tmp_path / "a", seed=s, model="disposed:gc")] for s in (0, 1)]
+    by_seed = [
+        [{**r, "seed": 0, "key": 0} for r in records(tmp_path / "a", seed=s, model="disposed:gc")]
+        for s in (0, 1)
+    ]
     assert by_seed[0] and by_seed[0] != by_seed[1]
 
 
@@ -74,9 +81,17 @@ def test_changed_data_is_measured_again(npz, arguments, dtl_command, records, tm
     assert records(tmp_path / "new")[0] in records(tmp_path / "out")
 
 
-# ------------------------------------------------------------------------------------- what depends on which setting
+# ---------------------------------------- what depends on which setting
 
-MODELS = ("pretrained", "scratch", "oracle", "transferred", "disposed:uniform", "disposed:gc", "disposed:gc-fresh")
+MODELS = (
+    "pretrained",
+    "scratch",
+    "oracle",
+    "transferred",
+    "disposed:uniform",
+    "disposed:gc",
+    "disposed:gc-fresh",
+)
 DISPOSED = {m for m in MODELS if m.startswith("disposed")}
 FROM_SOURCE = {"pretrained", "transferred", *DISPOSED}
 
@@ -118,8 +133,13 @@ def test_a_setting_changes_its_own_stage_and_those_after(new_run, changed, remad
 ])  # fmt: skip
 def test_a_setting_changes_the_numbers_it_concerns(new_run, changed, again):
     def keys(run):
-        numbers = [("target_accuracy", None)] + [("pl_accuracy", task, "fixed", 0) for task in dtl.PIGGYBACK_TASKS]
-        return {f"{metric} {task}": run.number("scratch", metric, task, *more)[0]["key"] for metric, task, *more in numbers}
+        numbers = [("target_accuracy", None)] + [
+            ("pl_accuracy", task, "fixed", 0) for task in dtl.PIGGYBACK_TASKS
+        ]
+        return {
+            f"{metric} {task}": run.number("scratch", metric, task, *more)[0]["key"]
+            for metric, task, *more in numbers
+        }
 
     before, after = keys(new_run()), keys(new_run(**changed))
     assert {k for k in before if before[k] != after[k]} == again
@@ -127,26 +147,34 @@ def test_a_setting_changes_the_numbers_it_concerns(new_run, changed, again):
 
 def test_keys_of_attacks_differ(new_run):
     run = new_run()
-    keys = [run.number(m, "pl_accuracy", t, a, s)[0]["key"] for m in ("scratch", "random") for t in dtl.PIGGYBACK_TASKS
-            for a in dtl.ATTACKERS for s in (0, 1)]
+    keys = [
+        run.number(m, "pl_accuracy", t, a, s)[0]["key"]
+        for m in ("scratch", "random")
+        for t in dtl.PIGGYBACK_TASKS
+        for a in dtl.ATTACKERS
+        for s in (0, 1)
+    ]
     assert len(set(keys)) == len(keys)
 
 
-def test_only_what_a_changed_setting_concerns_is_trained_again(finished, arguments, dtl_command, trained, tmp_path):
+def test_only_what_a_changed_setting_concerns_is_trained_again(
+    finished, arguments, dtl_command, trained, tmp_path
+):
     out, before = shutil.copytree(finished.out, tmp_path / "out"), len(trained(finished.out))
     new = []
-    for given in (dict(attack_steps=3), dict(transfer_steps=5)):
-        assert dtl_command(*arguments("all", out, methods=["uniform"], **given)).code == 0
+    for changed in (dict(attack_steps=3), dict(transfer_steps=5)):
+        assert dtl_command(*arguments("all", out, methods=["uniform"], **changed)).code == 0
         new.append(trained(out)[before:])
         before += len(new[-1])
     attack = r"seed 0 (\S+) .*(source-subset|downstream) fixed.*"
     assert len(new[0]) == 2 * 5 and all(re.fullmatch(attack, name) for name in new[0])
     assert new[1][:2] == ["seed 0 transferred", "seed 0 disposed:uniform"]
     assert [re.fullmatch(attack, name).groups() for name in new[1][2:]] == [
-        (m, t) for m in ("transferred", "disposed:uniform") for t in dtl.PIGGYBACK_TASKS]
+        (m, t) for m in ("transferred", "disposed:uniform") for t in dtl.PIGGYBACK_TASKS
+    ]
 
 
-# --------------------------------------------------------------------------------------------------------------- killed
+# ---------------------------------------- killed
 
 
 def work(arguments):
@@ -154,7 +182,11 @@ def work(arguments):
     torch.set_num_threads(1)
     sys.modules["matplotlib"] = None  # no picture
     dtl.SAVE_EVERY, dtl.FETCH = 0, 1
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         dtl.main(arguments)
 
 
@@ -170,14 +202,23 @@ def test_twenty_kills(arguments, tmp_path, monkeypatch, root):
     (tmp_path / "warm.py").write_text(
         "import functools, pathlib, dtl, torch._dynamo\n"
         "dtl.draw_shapes = functools.cache(dtl.draw_shapes)\n"
-        "dtl.load_set('shapes', pathlib.Path('none'), 'test')\n")
+        "dtl.load_set('shapes', pathlib.Path('none'), 'test')\n"
+    )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), str(Path(__file__).parent), str(tmp_path)]))
-    context = multiprocessing.get_context("forkserver")  # a clean process that has imported dtl, forked for each run
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # a clean process that has imported dtl, forked for each run
     context.set_forkserver_preload(["warm"])
 
     def start(out):
-        process = context.Process(target=work, args=(arguments("all", out, methods=("gc",), attackers="fixed,few",
-                                                               subset_per_class=6, pretrain_steps=12),))
+        process = context.Process(
+            target=work,
+            args=(
+                arguments(
+                    "all", out, methods=("gc",), attackers="fixed,few", subset_per_class=6, pretrain_steps=12
+                ),
+            ),
+        )
         process.start()
         return process
 
@@ -188,7 +229,9 @@ def test_twenty_kills(arguments, tmp_path, monkeypatch, root):
     second.join()
     whole, seconds = measured(tmp_path / "whole"), time.monotonic() - began
     assert first.exitcode == second.exitcode == 0
-    assert len(whole) == 25 and whole == measured(tmp_path / "warm")  # 5 models, 2 tasks, 2 attackers, 5 accuracies
+    assert len(whole) == 25 and whole == measured(
+        tmp_path / "warm"
+    )  # 5 models, 2 tasks, 2 attackers, 5 accuracies
 
     kills, runs, moments = 0, 0, random.Random(0)
     while kills < 20 or runs == 0:
@@ -207,7 +250,7 @@ def test_twenty_kills(arguments, tmp_path, monkeypatch, root):
             runs += 1
 
 
-# -------------------------------------------------------------------------------------------------- damaged checkpoints
+# ---------------------------------------- damaged checkpoints
 
 
 class Watched(dtl.Progress):
@@ -264,7 +307,9 @@ def of_another_stage(data):
 
 def without_a_key(data):
     buffer = io.BytesIO()
-    torch.save({k: v for k, v in torch.load(io.BytesIO(data), weights_only=True).items() if k != "key"}, buffer)
+    torch.save(
+        {k: v for k, v in torch.load(io.BytesIO(data), weights_only=True).items() if k != "key"}, buffer
+    )
     return buffer.getvalue()
 
 
@@ -343,7 +388,9 @@ def test_a_damaged_checkpoint_is_made_anew_before_the_stage_that_needs_it(new_ru
     monkeypatch.setattr(Watched, "stop", None)
     monkeypatch.setattr(Watched, "log", [])
     saved, save = [], dtl.save
-    monkeypatch.setattr(dtl, "save", lambda path, key, state: (saved.append((path, key)), save(path, key, state)))
+    monkeypatch.setattr(
+        dtl, "save", lambda path, key, state: (saved.append((path, key)), save(path, key, state))
+    )
     again = new_run(progress=Watched)
     model = again.model(name)
     assert same(state_of(model), state_of(expected)) and capsys.readouterr().err.count("is damaged") == 1
@@ -388,7 +435,7 @@ def test_checkpoint_with_code_in_it_does_not_run_it(tmp_path, capsys):
     assert f"{tmp_path / 'x.pt'} is damaged" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------- atomic writing
+# ---------------------------------------- atomic writing
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
@@ -419,7 +466,7 @@ def test_a_line_is_added_whole(tmp_path, monkeypatch):
     assert len(lines) == 4 and json.loads(lines[0]) == {"a": 1} and json.loads(lines[2]) == {"c": 2}
 
 
-# -------------------------------------------------------------------------------------------------- damaged measurements
+# ---------------------------------------- damaged measurements
 
 
 def results(out, capsys):
@@ -435,23 +482,64 @@ def damaged(lines, damage):
     """The lines of results.jsonl, the last of some damaged; how many of them are lost; how many are unreadable."""
     last = lines[-1].rstrip(b"\n")
     return {
-        "a digit": lambda: ([*lines[:-1], re.sub(rb'"value": 0\.(\d)', lambda m: b'"value": 0.%d' % (
-            (int(m[1]) + 1) % 10), last) + b"\n"], 1, 1),
-        "a cosine": lambda: ([*lines[:-1], last.replace(b'"mean_cosine": ', b'"mean_cosine": 1') + b"\n"], 1, 1),
+        "a digit": lambda: (
+            [
+                *lines[:-1],
+                re.sub(rb'"value": 0\.(\d)', lambda m: b'"value": 0.%d' % ((int(m[1]) + 1) % 10), last)
+                + b"\n",
+            ],
+            1,
+            1,
+        ),
+        "a cosine": lambda: (
+            [*lines[:-1], last.replace(b'"mean_cosine": ', b'"mean_cosine": 1') + b"\n"],
+            1,
+            1,
+        ),
         "another model": lambda: ([*lines[:-1], last.replace(b"disposed:", b"Disposed:") + b"\n"], 1, 1),
         "no digest": lambda: ([*lines[:-1], re.sub(rb', "digest": "\w+"', b"", last) + b"\n"], 1, 1),
-        "garbage": lambda: ([*lines, b"\xff\xfe\n", b"[1]\n", b"7\n", b"null\n", b'{"key": "x"}\n', b'"text"\n', b"{}\n",
-                             b"[" * 9999 + b"\n"], 0, 8),
+        "garbage": lambda: (
+            [
+                *lines,
+                b"\xff\xfe\n",
+                b"[1]\n",
+                b"7\n",
+                b"null\n",
+                b'{"key": "x"}\n',
+                b'"text"\n',
+                b"{}\n",
+                b"[" * 9999 + b"\n",
+            ],
+            0,
+            8,
+        ),
         "cut after a letter": lambda: ([*lines[:-1], last[:1]], 1, 1),
         "cut in the middle": lambda: ([*lines[:-1], last[: len(last) // 2]], 1, 1),
         "cut by a letter": lambda: ([*lines[:-1], last[:-1]], 1, 1),
         "no newline": lambda: ([*lines[:-1], last], 0, 0),
-        "three digits": lambda: ([line.replace(b'"seed": 0', b'"seed": 3') for line in lines[:3]] + lines[3:], 3, 3),
+        "three digits": lambda: (
+            [line.replace(b'"seed": 0', b'"seed": 3') for line in lines[:3]] + lines[3:],
+            3,
+            3,
+        ),
     }[damage]()
 
 
-@pytest.mark.parametrize("damage", ["a digit", "a cosine", "another model", "no digest", "garbage", "cut after a letter",
-                                    "cut in the middle", "cut by a letter", "no newline", "three digits"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "a digit",
+        "a cosine",
+        "another model",
+        "no digest",
+        "garbage",
+        "cut after a letter",
+        "cut in the middle",
+        "cut by a letter",
+        "no newline",
+        "three digits",
+    ],
+)
 def test_damaged_measurements_are_passed_over_with_one_warning(finished, tmp_path, capsys, damage):
     """And the next line does not stick to one that was cut short."""
     lines = (finished.out / "results.jsonl").read_bytes().splitlines(keepends=True)
@@ -468,7 +556,9 @@ def test_damaged_measurements_are_passed_over_with_one_warning(finished, tmp_pat
 def test_damaged_measurements_are_made_anew(finished, arguments, dtl_command, records, trained, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
     lines = (out / "results.jsonl").read_bytes().splitlines(keepends=True)
-    changed = [line.replace(b'"value": 0', b'"value": 1') if k in (20, 30) else line for k, line in enumerate(lines)]
+    changed = [
+        line.replace(b'"value": 0', b'"value": 1') if k in (20, 30) else line for k, line in enumerate(lines)
+    ]
     (out / "results.jsonl").write_bytes(b"".join(changed) + b"garbage\n")
     result = dtl_command(*arguments("all", out, attackers="fixed,long", attacker_seeds=2))
     assert result.code == 0 and result.output.count("warning:") == 1

@@ -36,8 +36,10 @@ def unseen(task):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Source and target task, a transferred model and the source head, all tiny and untrained."""
-    source, target = (dtl.load_task(name, 0, tmp_path_factory.mktemp("data"), CPU, image_size=8)
-                      for name in ("shapes[0:5]@8", "shapes[16:20]@6"))
+    source, target = (
+        dtl.load_task(name, 0, tmp_path_factory.mktemp("data"), CPU, image_size=8)
+        for name in ("shapes[0:5]@8", "shapes[16:20]@6")
+    )
     heads = [dtl.new_head(64, classes, torch.Generator().manual_seed(classes), CPU) for classes in (5, 4)]
     return source, target, dtl.Model(dtl.new_backbone("resnet8", 1, CPU), heads[1]).eval(), heads[0]
 
@@ -50,7 +52,9 @@ def dispose(world, method, steps=3, lr=0.02, **options):
     source, target, transferred, head = world
     options = dict(network="resnet8", weight=1.0, chunks=2, chunk_size=8) | options
     method = dtl.METHODS[method] if isinstance(method, str) else method
-    return dtl.dispose(transferred, head, source, target, method, schedule(steps, lr), 7, dtl.Progress(), **options)
+    return dtl.dispose(
+        transferred, head, source, target, method, schedule(steps, lr), 7, dtl.Progress(), **options
+    )
 
 
 def spy(monkeypatch, name, note):
@@ -70,14 +74,16 @@ def everything(*args, **kwargs):
     return args, kwargs
 
 
-# ------------------------------------------------------------------------------------------------- every stage learns
+# ---------------------------------------- every stage learns
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """Source, target, pretrained and transferred, small and really trained: colours against grey outlines."""
     data = tmp_path_factory.mktemp("data")
-    source, target = (dtl.load_task(name, 0, data, CPU, image_size=8) for name in ("shapes[0,16]@100", "shapes[1,17]@16"))
+    source, target = (
+        dtl.load_task(name, 0, data, CPU, image_size=8) for name in ("shapes[0,16]@100", "shapes[1,17]@16")
+    )
     torch.set_num_threads(1)
     pretrained = dtl.pretrain(source, "resnet8", learning(40, 0.1), 1, dtl.Progress())
     transferred = dtl.transfer(pretrained, target, learning(20, 0.05), 2, dtl.Progress())
@@ -100,8 +106,20 @@ def test_disposal_keeps_the_target_task(learned, method):
     """The fresh backbone learns it, from the transferred model's answers alone."""
     source, target, pretrained, transferred = learned
     plan = learning(30, 0.1) if method == "distill-fresh" else learning(6, 0.02)
-    scrubbed = dtl.dispose(transferred, pretrained.head, source, target, dtl.METHODS[method], plan, 3, dtl.Progress(),
-                           network="resnet8", weight=1.0, chunks=2, chunk_size=16)
+    scrubbed = dtl.dispose(
+        transferred,
+        pretrained.head,
+        source,
+        target,
+        dtl.METHODS[method],
+        plan,
+        3,
+        dtl.Progress(),
+        network="resnet8",
+        weight=1.0,
+        chunks=2,
+        chunk_size=16,
+    )
     assert dtl.accuracy(scrubbed, target) > 0.8
 
 
@@ -110,8 +128,10 @@ def test_an_attack_gets_the_source_back_from_what_was_not_disposed_of(learned):
     few = [torch.nonzero(source.y == c).flatten()[:8] for c in range(2)]
     subset = replace(source, x=source.x[torch.cat(few)], y=source.y[torch.cat(few)])
     stranger = dtl.new_backbone("resnet8", 3, CPU)
-    reached = [dtl.piggyback(b, subset, dtl.Attacker(), learning(10, 0.05), 4, dtl.Progress())["value"]
-               for b in (transferred.backbone, stranger)]
+    reached = [
+        dtl.piggyback(b, subset, dtl.Attacker(), learning(10, 0.05), 4, dtl.Progress())["value"]
+        for b in (transferred.backbone, stranger)
+    ]
     assert reached[0] > 0.8 and reached[0] > reached[1] + 0.1
 
 
@@ -128,12 +148,17 @@ def test_accuracy_is_the_share_of_test_images_that_are_right():
     assert dtl.accuracy(Reader().train(), task) == pytest.approx(6 / 7, abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------- the one loop
+# ---------------------------------------- the one loop
 
 
 def test_learning_rate_rises_then_falls_to_nearly_zero():
     rates = [schedule(100, 0.1).lr_at(step) for step in range(100)]
-    assert max(rates) <= 0.1 and rates.index(max(rates)) in range(23, 27) and rates[0] < 0.01 and rates[-1] < 1e-4
+    assert (
+        max(rates) <= 0.1
+        and rates.index(max(rates)) in range(23, 27)
+        and rates[0] < 0.01
+        and rates[-1] < 1e-4
+    )
     assert rates[:24] == pytest.approx([0.1 * 4 * k / 101 for k in range(1, 25)])  # in a straight line
     falling = [0.05 + 0.05 * math.cos(math.pi * (k / 101 - 0.25) / 0.75) for k in range(27, 101)]
     assert rates[26:] == pytest.approx(falling)
@@ -222,13 +247,26 @@ def test_every_step_has_random_numbers_of_its_own_by_seed(world):
 
 
 def test_fit_uses_its_schedule_and_never_sees_test_images(world, monkeypatch):
-    calls = spy(monkeypatch, "batch", lambda task, size, step, seed, augment, generator: (
-        task, size, step, seed, augment, generator.initial_seed()))
+    calls = spy(
+        monkeypatch,
+        "batch",
+        lambda task, size, step, seed, augment, generator: (
+            task,
+            size,
+            step,
+            seed,
+            augment,
+            generator.initial_seed(),
+        ),
+    )
     rates = []
     model, task = copy.deepcopy(world[2]), unseen(world[1])
     step = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]),
-                                                                   step(self, *a))[1])
+    monkeypatch.setattr(
+        torch.optim.SGD,
+        "step",
+        lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1],
+    )
     plan = dtl.Schedule(5, 0.03, 6, "crop")
     dtl.fit(model, task, plan, 11, dtl.Progress())
     assert [call[:5] for call in calls] == [(task, 6, k, 11, "crop") for k in range(5)]
@@ -236,12 +274,14 @@ def test_fit_uses_its_schedule_and_never_sees_test_images(world, monkeypatch):
     assert rates == [plan.lr_at(k) for k in range(5)]
 
 
-# ---------------------------------------------------------------------------------------------- pretrain and transfer
+# ---------------------------------------- pretrain and transfer
 
 
 def test_pretraining_is_by_seed(world):
     task = unseen(world[0])
-    first, again, other = (dtl.pretrain(task, "resnet8", schedule(), seed, dtl.Progress()) for seed in (1, 1, 2))
+    first, again, other = (
+        dtl.pretrain(task, "resnet8", schedule(), seed, dtl.Progress()) for seed in (1, 1, 2)
+    )
     assert same(tensors(first), tensors(again)) and not same(tensors(first), tensors(other))
     assert first.head.out_features == 5
     random = [dtl.pretrain(task, "resnet8", schedule(1, 0.0), seed, dtl.Progress()) for seed in (1, 2)]
@@ -255,11 +295,13 @@ def test_transfer_starts_from_the_pretrained_backbone(world):
     still = dtl.transfer(pretrained, unseen(world[1]), schedule(lr=0.0), 3, dtl.Progress())
     assert same_weights(still.backbone, pretrained.backbone) and still.head.out_features == 4
     moved = dtl.transfer(pretrained, unseen(world[1]), schedule(lr=0.02), 3, dtl.Progress())
-    assert not any(torch.equal(p, q) for p, q in zip(moved.backbone.parameters(), pretrained.backbone.parameters()))
+    assert not any(
+        torch.equal(p, q) for p, q in zip(moved.backbone.parameters(), pretrained.backbone.parameters())
+    )
     assert same(before, tensors(pretrained))
 
 
-# ------------------------------------------------------------------------------------------------------------ dispose
+# ---------------------------------------- dispose
 
 
 @pytest.mark.parametrize("method", dtl.METHODS)
@@ -287,7 +329,8 @@ def test_batchnorm_statistics_come_from_target_images_alone(world, method, monke
     student = dispose(world, method, chunk_size=7)  # source batches of 14, target batches of 8
     assert set(updates) == {8}
     assert student.backbone.stem[1].num_batches_tracked == 3 + (
-        0 if dtl.METHODS[method].fresh else world[2].backbone.stem[1].num_batches_tracked)
+        0 if dtl.METHODS[method].fresh else world[2].backbone.stem[1].num_batches_tracked
+    )
 
 
 @pytest.mark.parametrize("method", dtl.METHODS)
@@ -295,7 +338,9 @@ def test_disposal_starts_where_its_method_says(world, method):
     still = dispose(world, method, 1, lr=0.0)
     if dtl.METHODS[method].fresh:
         strangers = (world[2].backbone, dispose(world, "finetune", 1, lr=0.0).backbone)
-        assert not any(torch.equal(still.backbone.stem[0].weight, other.stem[0].weight) for other in strangers)
+        assert not any(
+            torch.equal(still.backbone.stem[0].weight, other.stem[0].weight) for other in strangers
+        )
         assert not torch.equal(still.head.weight, world[2].head.weight)
     else:
         assert same_weights(still, world[2])
@@ -313,13 +358,20 @@ def test_every_reading_matters(world, option):
 
 def test_batches_of_a_disposal(world, monkeypatch):
     """Target and source images by the same step number, of different draws, as many as chunks times chunk size."""
-    calls = spy(monkeypatch, "batch", lambda task, size, step, seed, augment, generator: (task, size, step, seed, augment))
+    calls = spy(
+        monkeypatch,
+        "batch",
+        lambda task, size, step, seed, augment, generator: (task, size, step, seed, augment),
+    )
     dispose(world, "gc", 3, chunks=2, chunk_size=9)
     of_target = [c for c in calls if c[0] is world[1]]
     of_source = [c for c in calls if c[0] is world[0]]
     assert [(size, step) for _, size, step, *_ in of_target] == [(8, 0), (8, 1), (8, 2)]
     assert {(18, 0), (18, 1), (18, 2)} == {(size, step) for _, size, step, *_ in of_source}
-    assert len({c[3] for c in of_target}) == len({c[3] for c in of_source}) == 1 and of_target[0][3] != of_source[0][3]
+    assert (
+        len({c[3] for c in of_target}) == len({c[3] for c in of_source}) == 1
+        and of_target[0][3] != of_source[0][3]
+    )
     assert {c[4] for c in calls} == {"crop,flip"}
 
 
@@ -328,10 +380,17 @@ def collisions(monkeypatch):
     all of the parameters."""
 
     def note(chunk_losses, params, *, similarity, weight):
-        touched = [all(g is not None for g in torch.autograd.grad(chunk(), params, allow_unused=True))
-                   for chunk in chunk_losses]
-        return dict(chunks=len(chunk_losses), params=[p.detach().clone() for p in params], similarity=similarity,
-                    weight=weight, touched=touched)
+        touched = [
+            all(g is not None for g in torch.autograd.grad(chunk(), params, allow_unused=True))
+            for chunk in chunk_losses
+        ]
+        return dict(
+            chunks=len(chunk_losses),
+            params=[p.detach().clone() for p in params],
+            similarity=similarity,
+            weight=weight,
+            touched=touched,
+        )
 
     return spy(monkeypatch, "gradient_collision_backward", note)
 
@@ -349,7 +408,9 @@ def test_gc_goes_through_a_new_random_head_at_every_step(world, monkeypatch, met
         heads.append(call["params"][-2])
     assert len(calls) == 4
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(heads, 2))
-    assert all(0.9 / 8 < head.abs().max() <= 1 / 8 for head in heads)  # nn.Linear's own initialisation of 64 features
+    assert all(
+        0.9 / 8 < head.abs().max() <= 1 / 8 for head in heads
+    )  # nn.Linear's own initialisation of 64 features
 
 
 def test_gc_through_the_source_head_on_request(world, monkeypatch):
@@ -369,12 +430,25 @@ def test_the_weight_of_gc_rises_in_a_fresh_backbone_alone(world, monkeypatch):
 def test_the_chunks_are_the_images_of_the_source_batch(world, monkeypatch):
     """Each once, with its label: the mean of the chunk losses is the loss of the whole batch, but for BatchNorm."""
     seen = []
-    monkeypatch.setattr(dtl.ResNet, "forward", lambda self, x: x.mean((2, 3)).repeat(1, 22)[:, :64])  # no BatchNorm
+    monkeypatch.setattr(
+        dtl.ResNet, "forward", lambda self, x: x.mean((2, 3)).repeat(1, 22)[:, :64]
+    )  # no BatchNorm
     monkeypatch.setattr(dtl, "chunk_statistics", lambda *a: {})
     monkeypatch.setattr(dtl, "distillation", lambda student, *_: student.sum() * 0)
-    monkeypatch.setattr(dtl, "gradient_collision_backward", lambda chunks, params, **_: seen.append(
-        (sum(c().item() for c in chunks) / len(chunks), params[-2].detach().clone(), params[-1].detach().clone()))
-        or torch.zeros(()))
+    monkeypatch.setattr(
+        dtl,
+        "gradient_collision_backward",
+        lambda chunks, params, **_: (
+            seen.append(
+                (
+                    sum(c().item() for c in chunks) / len(chunks),
+                    params[-2].detach().clone(),
+                    params[-1].detach().clone(),
+                )
+            )
+            or torch.zeros(())
+        ),
+    )
     batches, batch = [], dtl.batch
     monkeypatch.setattr(dtl, "batch", lambda *a: batches.append(batch(*a)) or batches[-1])
     dispose(world, "gc", 2)
@@ -394,8 +468,12 @@ def test_gc_disposal_makes_gradients_collide(world, monkeypatch):
 
     def mean_dot(backbone, head):
         model = dtl.Model(copy.deepcopy(backbone), head).train()
-        return dtl.gradient_stats([torch.autograd.grad(F.cross_entropy(model(x[part]), y[part]), [*model.parameters()])
-                                   for part in order.chunk(2)]).mean_dot
+        return dtl.gradient_stats(
+            [
+                torch.autograd.grad(F.cross_entropy(model(x[part]), y[part]), [*model.parameters()])
+                for part in order.chunk(2)
+            ]
+        ).mean_dot
 
     heads = [dtl.new_head(64, 5, torch.Generator().manual_seed(i), CPU) for i in range(5)]
     before, after = (sum(mean_dot(m.backbone, h) for h in heads) for m in (world[2], student))
@@ -405,13 +483,19 @@ def test_gc_disposal_makes_gradients_collide(world, monkeypatch):
 def test_source_images_are_distilled_in_fresh_methods_alone(world, monkeypatch):
     """And it does something there."""
     calls = spy(monkeypatch, "distillation", lambda student, teacher, *_: (len(student), student.shape[1]))
-    for method, expected in (("finetune", [(8, 4)]), ("gc", [(8, 4)]), ("distill-fresh", [(8, 4), (16, 4)]),
-                             ("gc-fresh", [(8, 4), (16, 4)])):
+    for method, expected in (
+        ("finetune", [(8, 4)]),
+        ("gc", [(8, 4)]),
+        ("distill-fresh", [(8, 4), (16, 4)]),
+        ("gc-fresh", [(8, 4), (16, 4)]),
+    ):
         calls.clear()
         whole = dispose(world, method, 2)
         assert calls == expected * 2, method
     whole, distillation = dispose(world, "distill-fresh", 2), dtl.distillation
-    monkeypatch.setattr(dtl, "distillation", lambda student, *a: distillation(student, *a) * (len(student) == 8))
+    monkeypatch.setattr(
+        dtl, "distillation", lambda student, *a: distillation(student, *a) * (len(student) == 8)
+    )
     assert not same(tensors(whole), tensors(dispose(world, "distill-fresh", 2)))
 
 
@@ -421,7 +505,7 @@ def test_retaining_is_distillation_from_the_transferred_model(world, monkeypatch
     batches, batch = [], dtl.batch
     monkeypatch.setattr(dtl, "batch", lambda *a: batches.append(batch(*a)) or batches[-1])
     dispose(world, "finetune", 1)
-    (args, kwargs), = seen
+    ((args, kwargs),) = seen
     assert torch.equal(args[1], copy.deepcopy(world[2]).eval()(batches[0][0]))
     temperature = args[2] if len(args) > 2 else kwargs["temperature"]
     assert temperature > 1
@@ -436,13 +520,13 @@ def test_source_head_and_stranger_of_the_rivals(world):
         return logits.sum() * 0
 
     still = dispose(world, dtl.Method(forget), 1, lr=0.0)
-    (logits, labels, before, other), = seen
+    ((logits, labels, before, other),) = seen
     assert logits.shape == before.shape == other.shape == (16, 5) and len(labels) == 16
     assert not torch.allclose(before, other) and not before.requires_grad and not other.requires_grad
     assert same_weights(still, world[2])
 
 
-# --------------------------------------------------------------------------------------------------------- the rivals
+# ---------------------------------------- the rivals
 
 LOGITS = torch.tensor([[8.0, 0, 0], [0, 8, 0], [0, 0, 0]])
 LABELS = torch.tensor([0, 0, 1])
@@ -451,7 +535,9 @@ LABELS = torch.tensor([0, 0, 1])
 def forget(method, logits=LOGITS, other=None, labels=LABELS):
     logits = logits.clone().requires_grad_()
     other = torch.zeros_like(logits) if other is None else other
-    loss = dtl.METHODS[method].forget(logits, labels, lambda: other, lambda: other, torch.Generator().manual_seed(0))
+    loss = dtl.METHODS[method].forget(
+        logits, labels, lambda: other, lambda: other, torch.Generator().manual_seed(0)
+    )
     return loss, torch.autograd.grad(loss, logits)[0]
 
 
@@ -484,7 +570,10 @@ def test_random_labels_ignores_the_labels():
 
 
 def test_distillation_is_kl_times_temperature_squared():
-    student, teacher = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)), torch.arange(20.0).view(4, 5)
+    student, teacher = (
+        torch.randn(4, 5, generator=torch.Generator().manual_seed(1)),
+        torch.arange(20.0).view(4, 5),
+    )
     p, q = (teacher / 3).softmax(1), (student / 3).softmax(1)
     expected = 9 * (p * (p / q).log()).sum(1).mean()
     assert dtl.distillation(student, teacher, 3.0).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -500,7 +589,7 @@ def test_the_published_methods():
     assert len({m.forget for m in dtl.METHODS.values()}) == 7
 
 
-# ------------------------------------------------------------------------------------------------------- the attackers
+# ---------------------------------------- the attackers
 
 
 def attacked(monkeypatch, backbone, task, attacker, seed=7, plan=None):
@@ -526,7 +615,11 @@ def test_an_attack_leaves_its_victim_alone_and_is_reproducible(world, monkeypatc
     phase, result = attacked(monkeypatch, backbone, world[0], attacker)
     assert same(before, tensors(backbone)) and all(p.requires_grad for p in backbone.parameters())
     assert result == attacked(monkeypatch, backbone, world[0], attacker)[1]
-    assert result.keys() == {"value", "mean_cosine"} and 0 <= result["value"] <= 1 and -1 <= result["mean_cosine"] <= 1
+    assert (
+        result.keys() == {"value", "mean_cosine"}
+        and 0 <= result["value"] <= 1
+        and -1 <= result["mean_cosine"] <= 1
+    )
     assert result["value"] == dtl.accuracy(phase[1], world[0])  # test accuracy of what it ended with
 
 
@@ -556,9 +649,13 @@ def test_head_only(world, monkeypatch):
     assert same_weights(before.backbone, after.backbone) and same_weights(before.backbone, world[2].backbone)
     assert not same_weights(before.head, after.head)
     statistics = [n for n, b in after.named_buffers() if "running_mean" in n]
-    assert all(not torch.equal(dict(before.named_buffers())[n], dict(after.named_buffers())[n]) for n in statistics)
+    assert all(
+        not torch.equal(dict(before.named_buffers())[n], dict(after.named_buffers())[n]) for n in statistics
+    )
     (before, after, *_), _ = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker())
-    assert not any(torch.equal(p, q) for p, q in zip(before.backbone.parameters(), after.backbone.parameters()))
+    assert not any(
+        torch.equal(p, q) for p, q in zip(before.backbone.parameters(), after.backbone.parameters())
+    )
 
 
 def test_noise_is_added_before_training(world, monkeypatch):
@@ -573,16 +670,19 @@ def test_noise_is_added_before_training(world, monkeypatch):
 
 def test_the_head_of_an_attack_is_new_by_seed_and_the_same_for_every_model(world, monkeypatch):
     backbones = world[2].backbone, dtl.new_backbone("resnet8", 8, CPU)
-    (a, b), other = ([attacked(monkeypatch, m, world[0], dtl.Attacker(), seed)[0][0].head.weight for m in backbones]
-                     for seed in (7, 8))
+    (a, b), other = (
+        [attacked(monkeypatch, m, world[0], dtl.Attacker(), seed)[0][0].head.weight for m in backbones]
+        for seed in (7, 8)
+    )
     assert torch.equal(a, b) and not torch.equal(a, other[0]) and a.shape == (5, 64)
 
 
 def test_mean_cosine_is_that_of_the_first_step(world, monkeypatch):
     """Of chunk gradients of the attacker's first batch, through the victim's backbone and the attacker's new head."""
     x, y = dtl.batch(world[0], 8, 0, 7, "none", torch.Generator())
-    (before, *_), result = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker(),
-                                    plan=dtl.Schedule(2, 0.05, 8, "none"))
+    (before, *_), result = attacked(
+        monkeypatch, world[2].backbone, world[0], dtl.Attacker(), plan=dtl.Schedule(2, 0.05, 8, "none")
+    )
     expected = dtl.chunk_statistics(before.train(), x, y)
     assert result["mean_cosine"] == pytest.approx(expected["mean_cosine"], abs=1e-6)
 
@@ -593,9 +693,20 @@ def test_chunk_statistics_are_those_of_the_chunks(world):
     before = tensors(model)
     found = dtl.chunk_statistics(model, x, y, 3)
     assert same(before, tensors(model))
-    flat = [torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(x[i : i + 4]), y[i : i + 4]),
-                                                                 [*model.parameters()])]) for i in (0, 4, 8)]
-    cosines = [F.cosine_similarity(a.double(), b.double(), 0).item() for a, b in itertools.combinations(flat, 2)]
+    flat = [
+        torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(
+                    F.cross_entropy(model(x[i : i + 4]), y[i : i + 4]), [*model.parameters()]
+                )
+            ]
+        )
+        for i in (0, 4, 8)
+    ]
+    cosines = [
+        F.cosine_similarity(a.double(), b.double(), 0).item() for a, b in itertools.combinations(flat, 2)
+    ]
     assert found["mean_cosine"] == pytest.approx(sum(cosines) / 3, abs=1e-5)
     assert found["collision_rate"] == pytest.approx(sum(c < 0 for c in cosines) / 3)
 
@@ -604,20 +715,31 @@ def test_the_published_attackers():
     """The fixed one comes first, no two are the same, and the small set is a part of the whole."""
     names = [*dtl.ATTACKERS]
     assert names[0] == "fixed" and len(set(dtl.ATTACKERS.values())) == len(names)
-    assert dtl.ATTACKERS["fixed"] == dtl.Attacker() and set(dtl.SMALL) < set(names) and dtl.SMALL[0] == "fixed"
+    assert (
+        dtl.ATTACKERS["fixed"] == dtl.Attacker() and set(dtl.SMALL) < set(names) and dtl.SMALL[0] == "fixed"
+    )
     assert dtl.ATTACKERS["few"].per_class == dtl.ATTACKERS["few-long"].per_class == 10
     assert {dtl.ATTACKERS[name].times for name in ("long", "adamw", "noise", "few-long")} == {4}
-    assert dtl.ATTACKERS["longer"].times == 20 and dtl.ATTACKERS["head"].head_only and dtl.ATTACKERS["noise"].noise > 0
+    assert (
+        dtl.ATTACKERS["longer"].times == 20
+        and dtl.ATTACKERS["head"].head_only
+        and dtl.ATTACKERS["noise"].noise > 0
+    )
     assert dtl.ATTACKERS["adamw"].optimizer == "adamw"
     rates = [dtl.ATTACKERS[name].lr for name in ("low", "long", "high")]
     assert sorted(set(rates)) == rates
 
 
-# ------------------------------------------------------------------------------- what a run passes on to its stages
+# ---------------------------------------- what a run passes on to its stages
 
 
-STAGE_OF = dict(pretrained="pretrain", scratch="pretrain", oracle="pretrain", transferred="transfer",
-                **{f"disposed:{m}": "dispose" for m in dtl.METHODS})
+STAGE_OF = dict(
+    pretrained="pretrain",
+    scratch="pretrain",
+    oracle="pretrain",
+    transferred="transfer",
+    **{f"disposed:{m}": "dispose" for m in dtl.METHODS},
+)
 
 
 class Passed(Exception):
@@ -641,8 +763,10 @@ def passed(monkeypatch, new_run):
         with monkeypatch.context() as patch:
             if stage != "pretrain":
                 head = dtl.new_head(64, 3, 0, CPU)
-                made = {m: dtl.Model(dtl.new_backbone("resnet8", k, CPU), head) for k, m in
-                        enumerate(("pretrained", "transferred"))}
+                made = {
+                    m: dtl.Model(dtl.new_backbone("resnet8", k, CPU), head)
+                    for k, m in enumerate(("pretrained", "transferred"))
+                }
                 real = run.model
                 patch.setattr(run, "model", lambda m: real(m) if m == name else made[m], raising=False)
                 seen["made"] = made
@@ -655,8 +779,18 @@ def passed(monkeypatch, new_run):
 
 
 def test_every_stage_gets_its_own_settings(passed):
-    given = dict(pretrain_steps=11, pretrain_lr=0.11, transfer_steps=12, transfer_lr=0.12, dispose_steps=13,
-                 dispose_lr=0.13, fresh_steps=14, fresh_lr=0.14, batch_size=6, augment="crop")
+    given = dict(
+        pretrain_steps=11,
+        pretrain_lr=0.11,
+        transfer_steps=12,
+        transfer_lr=0.12,
+        dispose_steps=13,
+        dispose_lr=0.13,
+        fresh_steps=14,
+        fresh_lr=0.14,
+        batch_size=6,
+        augment="crop",
+    )
     for name, (steps, lr) in {
         "pretrained": (11, 0.11), "transferred": (12, 0.12), "disposed:uniform": (13, 0.13), "disposed:gc": (13, 0.13),
         "scratch": (14, 0.14), "oracle": (14, 0.14), "disposed:gc-fresh": (14, 0.14), "disposed:distill-fresh": (14, 0.14),
@@ -669,35 +803,56 @@ def test_every_stage_gets_its_tasks_and_models(passed):
     for name, task in (("pretrained", "source"), ("scratch", "target"), ("oracle", "oracle")):
         run, seen = passed(name)
         assert seen["source"] is run.task(task) and seen["network"] == "resnet8"
-    assert run.task("oracle").y.bincount().tolist() == [6, 6] and run.task("target").y.bincount().tolist() == [4, 4]
+    assert run.task("oracle").y.bincount().tolist() == [6, 6] and run.task(
+        "target"
+    ).y.bincount().tolist() == [4, 4]
     run, seen = passed("transferred")
     assert seen["pretrained"] is seen["made"]["pretrained"] and seen["target"] is run.task("target")
-    run, seen = passed("disposed:gc", weights="gc=17", similarity="cos", gc_head="source", chunks=3, chunk_size=5)
+    run, seen = passed(
+        "disposed:gc", weights="gc=17", similarity="cos", gc_head="source", chunks=3, chunk_size=5
+    )
     assert seen["transferred"] is seen["made"]["transferred"]
     assert seen["source_head"] is seen["made"]["pretrained"].head
     assert seen["source"] is run.task("source") and seen["target"] is run.task("target")
     assert seen["method"] is dtl.METHODS["gc"] and seen["weight"] == 17
-    assert (seen["similarity"], seen["gc_head"], seen["chunks"], seen["chunk_size"]) == ("cos", "source", 3, 5)
+    assert (seen["similarity"], seen["gc_head"], seen["chunks"], seen["chunk_size"]) == (
+        "cos",
+        "source",
+        3,
+        5,
+    )
     for method in ("uniform", "gc-fresh"):
         _, seen = passed(f"disposed:{method}", weights="gc=17")
         assert seen["method"] is dtl.METHODS[method] and seen["weight"] == dtl.METHODS[method].weight
 
 
 def test_two_stages_do_not_share_a_seed_nor_two_seeds_a_stage(passed):
-    seeds = {(name, seed): passed(name, seed)[1]["seed"] for seed in (0, 1)
-             for name in ("pretrained", "scratch", "transferred", "disposed:gc")}
+    seeds = {
+        (name, seed): passed(name, seed)[1]["seed"]
+        for seed in (0, 1)
+        for name in ("pretrained", "scratch", "transferred", "disposed:gc")
+    }
     assert len(set(seeds.values())) == 8
-    assert passed("disposed:uniform")[1]["seed"] == seeds["disposed:gc", 0]  # what is compared has the same batches
+    assert (
+        passed("disposed:uniform")[1]["seed"] == seeds["disposed:gc", 0]
+    )  # what is compared has the same batches
     assert passed("oracle")[1]["seed"] == seeds["scratch", 0]
 
 
 def attack_passed(monkeypatch, run, attacker, attacker_seed=0, task="downstream", model="random"):
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(dtl, "piggyback", lambda backbone, task, how, plan, seed, progress: seen.append(
-            (backbone, task, how, plan, seed)) or {"value": 0.5, "mean_cosine": 0.0})
+        patch.setattr(
+            dtl,
+            "piggyback",
+            lambda backbone, task, how, plan, seed, progress: (
+                seen.append((backbone, task, how, plan, seed)) or {"value": 0.5, "mean_cosine": 0.0}
+            ),
+        )
         record = run.measure(model, "pl_accuracy", task, attacker, attacker_seed)
-    assert record["attacker"] == attacker and record["attacker_seed"] == attacker_seed and record["value"] == 0.5
+    assert (
+        record["attacker"] == attacker and record["attacker_seed"] == attacker_seed and record["value"] == 0.5
+    )
     return seen[0]
 
 
@@ -712,12 +867,19 @@ def test_every_attacker_gets_what_its_fields_say(monkeypatch, new_run, attacker)
 def test_attack_seeds(monkeypatch, new_run):
     """By seed, task and attacker seed; the same for every attacker and model."""
     runs = [new_run(seed=0), new_run("other", seed=1)]
-    seeds = {(r.seed, task, s): attack_passed(monkeypatch, r, "fixed", s, task)[-1]
-             for r in runs for task in dtl.PIGGYBACK_TASKS for s in (0, 1)}
+    seeds = {
+        (r.seed, task, s): attack_passed(monkeypatch, r, "fixed", s, task)[-1]
+        for r in runs
+        for task in dtl.PIGGYBACK_TASKS
+        for s in (0, 1)
+    }
     assert len(set(seeds.values())) == 8
     assert attack_passed(monkeypatch, runs[0], "long")[-1] == seeds[0, "downstream", 0]
-    monkeypatch.setattr(dtl, "pretrain", lambda *a: dtl.Model(dtl.new_backbone("resnet8", 3, CPU), dtl.new_head(
-        64, 2, 0, CPU)))
+    monkeypatch.setattr(
+        dtl,
+        "pretrain",
+        lambda *a: dtl.Model(dtl.new_backbone("resnet8", 3, CPU), dtl.new_head(64, 2, 0, CPU)),
+    )
     found = attack_passed(monkeypatch, runs[0], "fixed", model="scratch")
     assert found[-1] == seeds[0, "downstream", 0] and found[0] is runs[0].model("scratch").backbone
 
@@ -730,10 +892,12 @@ def test_accuracies_are_measured_through_the_models_own_head(monkeypatch, new_ru
     run.measure("transferred", "target_accuracy")
     (first, source), (second, target) = seen
     assert first is run.model("pretrained") and source is run.task("source") and first.head.out_features == 3
-    assert second is run.model("transferred") and target is run.task("target") and second.head.out_features == 2
+    assert (
+        second is run.model("transferred") and target is run.task("target") and second.head.out_features == 2
+    )
 
 
-# ------------------------------------------------------------------------------------------ BatchNorm's own statistics
+# ---------------------------------------- BatchNorm's own statistics
 
 
 def test_running_statistics_kept_restores_itself_after_an_error(world):
