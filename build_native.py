@@ -1,8 +1,9 @@
 """Build the optional native routine: `python build_native.py`, from any folder, puts it next to this file.
 
 cffi's API mode: cdef() says what Python may call, set_source() what the C compiler sees, and the compiler
-checks one against the other. THE TRAP: the module must not be called `_gc_native`, for cffi writes its wrapper to
-<module>.c and would overwrite our source. Hence `_gc_native_ext`; `pip install .` uses the same `ffibuilder`.
+checks one against the other. THE TRAP: the module must not be called `_gc_native`, for cffi writes its
+wrapper to <module>.c and would overwrite our source. Hence `_gc_native_ext`, and `pip install .` uses the
+same `ffibuilder`.
 """
 
 import contextlib

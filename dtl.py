@@ -221,8 +221,8 @@ def _gc_vector(loss, params, similarity, i, create_graph=False):
         try:
             grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
         except RuntimeError as error:
-            for sign, told in (("second time", "part of its graph was built out of the callable, and used up "
-                                "by the first call: compute everything inside"),
+            for sign, told in (("second time", "part of its graph was built outside the callable, and used "
+                                "up by the first call: compute everything inside"),
                                ("donated buffers", "its graph is compiled: give the uncompiled model")):
                 if sign in str(error):
                     raise ValueError(f"chunk {i}: {told}") from error
@@ -428,9 +428,9 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30",
-        subset_per_class=30, oracle_per_class=240, network="resnet8", batch_size=64, pretrain_steps=600,
-        transfer_steps=200, transfer_lr=0.05, dispose_steps=200, chunks=2, chunk_size=16,
-        weights="gc=3,gc-fresh=6,uniform=3", fresh_steps=300, attack_steps=60),
+        subset_per_class=30, oracle_per_class=240, network="resnet8", batch_size=64, pretrain_steps=500,
+        transfer_steps=150, transfer_lr=0.05, dispose_steps=150, chunks=2, chunk_size=16,
+        weights="gc=4,gc-fresh=2,uniform=3", fresh_steps=250, attack_steps=50),
     "cifar": {},
     "cifar-small": dict(
         oracle_per_class=120, image_size=16, network="resnet8", batch_size=64, pretrain_steps=3000, chunks=2,
@@ -547,7 +547,7 @@ def read_npz(path: Path) -> Arrays:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())  # before anything is unpacked
         with np.load(path, allow_pickle=False) as file:
-            found = dict(file) if size <= MOST_BYTES else {}
+            found = {k: np.asarray(v) for k, v in file.items()} if size <= MOST_BYTES else {}
     except Exception as error:  # zipfile and numpy raise a dozen kinds for a damaged file
         raise DTLError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from None
     if size > MOST_BYTES or not {"x_train", "y_train", "x_test", "y_test"} <= found.keys():
@@ -600,7 +600,7 @@ def fetch(address: str, sha256: str, archive: Path) -> None:
         socket.setdefaulttimeout(60)
         try:
             torch.hub.download_url_to_file(address, str(archive), progress=sys.stderr.isatty())
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise DTLError(f"cannot download {address} ({error}); try again, or put its unpacked folder into "
                            f"{archive.parent}") from None
     if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != sha256:
@@ -1092,7 +1092,7 @@ def append(path: Path, record: dict) -> None:
     """One JSON line, written in one piece; after a line that a crash cut short, on a line of its own."""
     with writing(path), path.open("ab+", buffering=0) as file:
         file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        torn = file.read() not in (b"", b"\n")
+        torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
@@ -1272,8 +1272,8 @@ class Run:
         path, (_, cost, make) = self.path(name), self.recipe(name)
         part, state = path.with_suffix(".part.pt"), load(path, self.key(name), self.device)
         if state is None:
-            if name.startswith("disposed"):
-                self.model("transferred")  # a stage of its own
+            for needed in ("pretrained", "transferred")[: {"t": 1, "d": 2}.get(name[0], 0)]:
+                self.model(needed)  # where it is missing or damaged: a stage of its own, not within this one
             self.progress.begin(f"seed {self.seed} {name}", cost, part, self.key(name))
             made = make()
             state = {"backbone": made.backbone.state_dict(), "head": made.head.state_dict()}
@@ -1355,8 +1355,8 @@ class Rows:
         """Nothing, or why the ratio would say nothing."""
         top, zero = (self.values.get((m, "pl_accuracy", task, attacker)) for m in ("transferred", "oracle"))
         if top is None or zero is None:
-            return ("no leak: there is no oracle, since all target images are in use; a target task of fewer "
-                    "images a class, as in b.npz@20, leaves some for it")
+            return ("no leak: there is no oracle; `all` makes one where the target task leaves it images, as "
+                    "b.npz@20 does")
         gap = 100 * (top - zero)
         least = max(3.0, 2 * gap.std(ddof=1) / len(gap) ** 0.5 if len(gap) > 1 else 0.0)
         return "" if gap.mean() >= least else (
@@ -1373,12 +1373,13 @@ def cell(found: Interval | None, style: str = ".1f", scale: float = 100, interva
 def tables(rows: Rows) -> list[str]:
     """Markdown: one table a piggyback task; of several attackers, their PL accuracies, too."""
     short, several = functools.partial(cell, interval=False), len(rows.attackers) > 1
-    kinds = {"worst": "worst ", "fixed": "fixed "} if several and "fixed" in rows.attackers else {"worst": ""}
+    kinds = {"worst": "worst " * several} | (
+        {"fixed": "fixed "} if several and "fixed" in rows.attackers else {})
     lines = []
     for task in PIGGYBACK_TASKS:
         head = [name + column for name in kinds.values() for column in ("PL %", "leak")]
         table = [[task, "target %", "change", *head, "cosine"]]
-        others = [[f"PL %, {task}", *rows.attackers]]
+        others = [[f"PL, {task}", *rows.attackers]]
         for m in rows.models:
             target, change = rows.get("target", m), rows.get("change", m)
             row = [m.removeprefix("disposed:"), short(target), short(change, "+.1f")]
@@ -1405,7 +1406,7 @@ def in_words(rows: Rows) -> list[str]:
             pl, top, zero = (cell(rows.get("pl", x, task, "worst")) for x in (m, "transferred", "oracle"))
             leak = cell(rows.get("leak", m, task, "worst"), ".2f", 1)
             lines[-1] += (f" On {data} an attacker reaches {pl}%, {top}% without disposal, {zero}% had the "
-                          f"source never been seen: a leak of {leak}.")
+                          "source never been seen" + f": a leak of {leak}" * (leak != "-") + ".")
     return lines
 
 
@@ -1450,6 +1451,7 @@ def picture(path: Path, rows: Rows) -> None:
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun's
 
 
+@functools.cache
 def git_revision() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -1541,7 +1543,8 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
                                 f"to step {progress.saved_step}") from None
     if RANK > 0 or not attacks:
         return
-    results.__init__(out)  # with what other ranks have added
+    if WORLD > 1:
+        results.__init__(out)  # with what other ranks have added
     records = [r.measure(*which) for r, *which in numbers]
     source = np.mean([r["value"] for r in records if r["metric"] == "source_accuracy"])
     rows = Rows(records, [*REFERENCES, *methods])

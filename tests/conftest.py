@@ -1,4 +1,5 @@
-"""What the tests share: seeds, the Hypothesis profile, a tiny experiment, the command line run in this process."""
+"""What the tests share: seeds, the Hypothesis profile, a tiny experiment, the command line run in this
+process."""
 
 import functools
 import json
@@ -20,8 +21,8 @@ settings.load_profile("dtl")
 
 TINY = dict(
     source="shapes[0:3]@8", target="shapes[16:18]@4", downstream="shapes[24:26]@4", subset_per_class=4,
-    oracle_per_class=6, image_size=8, network="resnet8", batch_size=8, chunks=2, chunk_size=4, pretrain_steps=6,
-    transfer_steps=4, dispose_steps=4, fresh_steps=4, attack_steps=1,
+    oracle_per_class=6, image_size=8, network="resnet8", batch_size=8, chunks=2, chunk_size=4,
+    pretrain_steps=6, transfer_steps=4, dispose_steps=4, fresh_steps=4, attack_steps=1,
 )  # fmt: skip
 TINY_METHODS = ("uniform", "gc", "gc-fresh")  # without, with, and with GC into a fresh backbone
 NOT_REPEATABLE = ("seconds", "revision", "digest")
@@ -60,7 +61,8 @@ def arguments():
 
 @pytest.fixture(scope="session")
 def dtl_command():
-    """Run `dtl ARGUMENTS...` here; .code, .output (both streams). Whatever it raises but an exit is a failure."""
+    """Run `dtl ARGUMENTS...` here; .code, .output (both streams). Whatever it raises but an exit is a
+    failure."""
 
     def run(*arguments, **how):
         result = CliRunner().invoke(dtl.main, [str(a) for a in arguments], **how)
@@ -73,7 +75,8 @@ def dtl_command():
 
 @pytest.fixture(scope="session")
 def records():
-    """The measurements in OUT/results.jsonl, in the order of their keys, without what differs from run to run."""
+    """The measurements in OUT/results.jsonl, in the order of their keys, without what differs from run to
+    run."""
 
     def read(out, **having):
         lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
@@ -100,7 +103,8 @@ def trained():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, arguments, dtl_command):
-    """A tiny experiment with two attackers of two seeds each: .out and .output. Read it, or copy it; do not change it."""
+    """A tiny experiment with two attackers of two seeds each: .out and .output. Read it, or copy it; do not
+    change it."""
     out = tmp_path_factory.mktemp("finished") / "out"
     result = dtl_command(*arguments("all", out, attackers="fixed,long", attacker_seeds=2))
     assert result.code == 0, result.output
@@ -120,8 +124,8 @@ def new_run(tmp_path):
 
 @pytest.fixture
 def npz(tmp_path):
-    """npz(**changes) -> Path of a user's data set: 3 classes, 10 training and 4 test images each, 8x8, every image
-    constant, its number from 0 (training first). A change of None leaves that array out."""
+    """npz(**changes) -> Path of a user's data set: 3 classes, 10 training and 4 test images each, 8x8, every
+    image constant, its number from 0 (training first). A change of None leaves that array out."""
 
     def write(name="own.npz", **changes):
         y, y_test = np.repeat(np.arange(3), 10), np.repeat(np.arange(3), 4)

@@ -366,8 +366,8 @@ def own(npz):
 
 
 SHORT = (
-    "--transfer-steps 1 --dispose-steps 1 --fresh-steps 1 --attack-steps 1 --methods finetune --subset-per-class 5 "
-    "--chunk-size 8 --chunks 2 --pretrain-steps 2"
+    "--transfer-steps 1 --dispose-steps 1 --fresh-steps 1 --attack-steps 1 --methods finetune "
+    "--subset-per-class 5 --chunk-size 8 --chunks 2 --pretrain-steps 2"
 ).split()
 
 
@@ -450,15 +450,16 @@ def test_the_file_alone_runs_on_a_bare_machine(root, tmp_path):
     site.mkdir()
     shutil.copy(root / "dtl.py", alone)
     (site / "sitecustomize.py").write_text(
-        "import sys\nfor name in ('cffi', '_cffi_backend', 'matplotlib', '_gc_native_ext'):\n    sys.modules[name] = None\n"
+        "import sys\nfor name in ('cffi', '_cffi_backend', 'matplotlib', '_gc_native_ext'):\n"
+        "    sys.modules[name] = None\n"
     )
-    short = "--pretrain-steps 3 --transfer-steps 2 --dispose-steps 2 --fresh-steps 2 --attack-steps 1 --image-size 8"
+    short = "--pretrain-steps 3 --transfer-steps 2 --dispose-steps 2 --fresh-steps 2 --attack-steps 1"
     environment = {"PATH": str(tmp_path / "nothing"), "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1",
                    "HOME": str(tmp_path)}  # fmt: skip
     small = ["--source", "shapes[0:4]@16", "--target", "shapes[16:18]@4", "--downstream", "shapes[24:26]@4",
              "--oracle-per-class", "6", "--subset-per-class", "6", "--chunk-size", "16"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "dtl.py", "all", *short.split(), *small],
+        [sys.executable, "dtl.py", "all", *short.split(), "--image-size", "8", *small],
         cwd=alone,
         text=True,
         capture_output=True,

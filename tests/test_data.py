@@ -89,7 +89,8 @@ def test_the_fingerprint_covers_images_and_labels_of_both_parts(npz):
     ("nosuch[0:4]", "nosuch"), ("nosuch.npz[0:2]", "nosuch.npz: no such file"), ("shapes[a:b]", "[a:b]"),
     ("shapes[0:1.5]", "[0:1.5]"), ("shapes[0:33]", "[0:33]"), ("shapes[32,33]", "[32,33]"),
     ("shapes[-1:4]", "[-1:4]"), ("shapes[5:5]", "[5:5]"), ("shapes[4:0]", "[4:0]"), ("shapes[3]", "[3]"),
-    ("shapes[1,1]", "[1,1]"), ("shapes[0:1:1:1]", "[0:1:1:1]"), ("shapes[0:4:0]", "[0:4:0]"), ("shapes[]", "[]"),
+    ("shapes[1,1]", "[1,1]"), ("shapes[0:1:1:1]", "[0:1:1:1]"), ("shapes[0:4:0]", "[0:4:0]"),
+    ("shapes[]", "[]"),
     ("shapes[0:4]@0", "shapes[0:4]@0"), ("shapes[0:4]@9999", "400 training"),
     ("shapes[0:99999999999]", "[0:99999999999]"), ("shapes[0:999999999]", "[0:999999999]"),
     ("shapes@" + "9" * 5000, "shapes@9999"), ("shapes[" + "1," * 5000 + "2]", "1,1,1"), ("x" * 5000, "xxx"),
@@ -267,7 +268,8 @@ def archive_of(name):
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
-    """serve(name, archive, sha256) makes `name`'s archive come from a server on this machine; returns its folder."""
+    """serve(name, archive, sha256) makes `name`'s archive come from a server on this machine; returns its
+    folder."""
     site = tmp_path / "site"
     site.mkdir()
 
@@ -398,8 +400,10 @@ def test_no_network(tmp_path, serve):
 
 @pytest.mark.parametrize("answer", [
     None, b"", b"\0\xff\xfe nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -7\r\n\r\nabc",
-    b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\nabc",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"HTTP/1.1 302 Found\r\nLocation: nowhere:7\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"HTTP/1.1 302 Found\r\nLocation: nowhere:7\r\n\r\n",
 ])  # fmt: skip
 def test_a_server_that_answers_nonsense(tmp_path, serve, answer):
     """None: it has no such file. Whatever comes, it is one of our errors, and nothing is taken for data."""

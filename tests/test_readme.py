@@ -1,4 +1,5 @@
-"""What the README says is so: its commands are understood, its Python runs, its figures are those a run wrote."""
+"""What the README says is so: its commands are understood, its Python runs, its figures are those a run
+wrote."""
 
 import re
 import shlex
@@ -29,7 +30,8 @@ def folder(tmp_path_factory):
 
 
 def a_project():
-    """What the README's example of the loss takes for granted: a project of the reader's own, and the copied block."""
+    """What the README's example of the loss takes for granted: a project of the reader's own, and the copied
+    block."""
     block = re.search(
         r"# --- copy from here ---\n(.*?)# --- to here ---", (ROOT / "dtl.py").read_text(), re.S
     )[1]
@@ -67,7 +69,8 @@ def test_python_blocks_run(text, folder, monkeypatch):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command, dtl_command, folder, monkeypatch):
-    """Each with tiny steps; a GPU's where there is none, and CIFAR's without its files, up to their one line."""
+    """Each with tiny steps; a GPU's where there is none, and CIFAR's without its files, up to their one
+    line."""
     arguments = [a for a in shlex.split(command, comments=True)[2:] if a not in ("...", "…")]
     arguments = arguments if arguments and not arguments[0].startswith("-") else ["all", *arguments]
     if arguments[0] in dtl.STAGES and "--help" not in arguments:

@@ -1,4 +1,5 @@
-"""The report: worst cases, leaks and their intervals, the tables, the words, the picture, on made-up records and on a run."""
+"""The report: worst cases, leaks and their intervals, the tables, the words, the picture, on made-up records
+and on a run."""
 
 import json
 import re

@@ -289,7 +289,8 @@ def test_pretraining_is_by_seed(world):
 
 
 def test_transfer_starts_from_the_pretrained_backbone(world):
-    """At a learning rate of zero its weights stay, and the head is a new one; the pretrained model is left alone."""
+    """At a learning rate of zero its weights stay, and the head is a new one; the pretrained model is left
+    alone."""
     pretrained = dtl.Model(dtl.new_backbone("resnet8", 5, CPU), world[3])
     before = tensors(pretrained)
     still = dtl.transfer(pretrained, unseen(world[1]), schedule(lr=0.0), 3, dtl.Progress())
@@ -357,7 +358,8 @@ def test_every_reading_matters(world, option):
 
 
 def test_batches_of_a_disposal(world, monkeypatch):
-    """Target and source images by the same step number, of different draws, as many as chunks times chunk size."""
+    """Target and source images by the same step number, of different draws, as many as chunks times chunk
+    size."""
     calls = spy(
         monkeypatch,
         "batch",
@@ -376,8 +378,8 @@ def test_batches_of_a_disposal(world, monkeypatch):
 
 
 def collisions(monkeypatch):
-    """Of every call of the GC loss: chunks, parameters at that time, similarity, weight, and which chunk losses touch
-    all of the parameters."""
+    """Of every call of the GC loss: chunks, parameters at that time, similarity, weight, and which chunk
+    losses touch all of the parameters."""
 
     def note(chunk_losses, params, *, similarity, weight):
         touched = [
@@ -428,7 +430,8 @@ def test_the_weight_of_gc_rises_in_a_fresh_backbone_alone(world, monkeypatch):
 
 
 def test_the_chunks_are_the_images_of_the_source_batch(world, monkeypatch):
-    """Each once, with its label: the mean of the chunk losses is the loss of the whole batch, but for BatchNorm."""
+    """Each once, with its label: the mean of the chunk losses is the loss of the whole batch, but for
+    BatchNorm."""
     seen = []
     monkeypatch.setattr(
         dtl.ResNet, "forward", lambda self, x: x.mean((2, 3)).repeat(1, 22)[:, :64]
@@ -512,7 +515,8 @@ def test_retaining_is_distillation_from_the_transferred_model(world, monkeypatch
 
 
 def test_source_head_and_stranger_of_the_rivals(world):
-    """A rival's logits are those of the source head; `transferred` gives the transferred model's, `stranger` not."""
+    """A rival's logits are those of the source head; `transferred` gives the transferred model's, `stranger`
+    not."""
     seen = []
 
     def forget(logits, labels, transferred, stranger, generator):
@@ -582,8 +586,10 @@ def test_distillation_is_kl_times_temperature_squared():
 def test_the_published_methods():
     """What a name means does not change unnoticed: (has a forget loss, into a fresh backbone)."""
     assert {name: (m.forget is not None, m.fresh) for name, m in dtl.METHODS.items()} == {
-        "finetune": (False, False), "neggrad": (True, False), "random-labels": (True, False), "uniform": (True, False),
-        "bad-teacher": (True, False), "scrub": (True, False), "gc": (True, False), "distill-fresh": (False, True),
+        "finetune": (False, False), "neggrad": (True, False), "random-labels": (True, False),
+        "uniform": (True, False),
+        "bad-teacher": (True, False), "scrub": (True, False), "gc": (True, False),
+        "distill-fresh": (False, True),
         "gc-fresh": (True, True)}  # fmt: skip
     assert dtl.METHODS["gc"].forget is dtl.METHODS["gc-fresh"].forget
     assert len({m.forget for m in dtl.METHODS.values()}) == 7
@@ -678,7 +684,8 @@ def test_the_head_of_an_attack_is_new_by_seed_and_the_same_for_every_model(world
 
 
 def test_mean_cosine_is_that_of_the_first_step(world, monkeypatch):
-    """Of chunk gradients of the attacker's first batch, through the victim's backbone and the attacker's new head."""
+    """Of chunk gradients of the attacker's first batch, through the victim's backbone and the attacker's new
+    head."""
     x, y = dtl.batch(world[0], 8, 0, 7, "none", torch.Generator())
     (before, *_), result = attacked(
         monkeypatch, world[2].backbone, world[0], dtl.Attacker(), plan=dtl.Schedule(2, 0.05, 8, "none")
@@ -748,7 +755,8 @@ class Passed(Exception):
 
 @pytest.fixture
 def passed(monkeypatch, new_run):
-    """passed(name, seed, **settings) -> what the stage that makes that model is called with, by argument name."""
+    """passed(name, seed, **settings) -> what the stage that makes that model is called with, by argument
+    name."""
     import inspect
 
     def call(name, seed=0, **given):
@@ -792,8 +800,10 @@ def test_every_stage_gets_its_own_settings(passed):
         augment="crop",
     )
     for name, (steps, lr) in {
-        "pretrained": (11, 0.11), "transferred": (12, 0.12), "disposed:uniform": (13, 0.13), "disposed:gc": (13, 0.13),
-        "scratch": (14, 0.14), "oracle": (14, 0.14), "disposed:gc-fresh": (14, 0.14), "disposed:distill-fresh": (14, 0.14),
+        "pretrained": (11, 0.11), "transferred": (12, 0.12), "disposed:uniform": (13, 0.13),
+        "disposed:gc": (13, 0.13),
+        "scratch": (14, 0.14), "oracle": (14, 0.14), "disposed:gc-fresh": (14, 0.14),
+        "disposed:distill-fresh": (14, 0.14),
     }.items():  # fmt: skip
         _, seen = passed(name, **given)
         assert seen["schedule"] == dtl.Schedule(steps, lr, 6, "crop"), name
