@@ -428,9 +428,9 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         source="shapes[0:16]@250", target="shapes[16:24]@30", downstream="shapes[24:32]@30",
-        subset_per_class=30, oracle_per_class=240, network="resnet8", batch_size=64, pretrain_steps=500,
-        transfer_steps=150, transfer_lr=0.05, dispose_steps=150, chunks=2, chunk_size=16,
-        weights="gc=4,gc-fresh=2,uniform=3", fresh_steps=250, attack_steps=50),
+        subset_per_class=30, oracle_per_class=240, network="resnet8", batch_size=64, pretrain_steps=600,
+        transfer_steps=200, transfer_lr=0.05, dispose_steps=200, chunks=2, chunk_size=16,
+        weights="gc=3,gc-fresh=2,uniform=3", fresh_steps=400, attack_steps=60),
     "cifar": {},
     "cifar-small": dict(
         oracle_per_class=120, image_size=16, network="resnet8", batch_size=64, pretrain_steps=3000, chunks=2,
