@@ -70,6 +70,7 @@ from torch import Tensor, nn
 
 __version__ = "0.2.0"
 
+
 # ------------------------------- The Gradient Collision loss -------------------------------
 # For copying into other projects: it needs torch and nothing else of this file.
 
@@ -266,6 +267,7 @@ def _gc_inner(a, b):
 
 # --- to here ---
 
+
 # ------------------------------- Statistics of chunk gradients -------------------------------
 
 
@@ -395,7 +397,7 @@ class Config:
     gc_head: str = setting(STAGE3, "fresh", "of GC, random each step or stage 1's", "fresh", "source")
     chunks: int = setting(STAGE3, 4, "chunks of a source batch whose gradients collide", low=2, high=1e4)
     chunk_size: int = setting(STAGE3, 32, "images a chunk; rivals get as many in all", low=2, high=1e6)
-    weights: str = setting("", "", "of the methods' forget losses, METHOD=NUMBER,...")
+    weights: str = setting(STAGE3, "", "of the methods' forget losses, METHOD=NUMBER,...")
     fresh_steps: int = setting(FRESH, 5000, STEPS)
     fresh_lr: float = setting(FRESH, 0.1, PEAK, high=1e3)
     attack_steps: int = setting(STAGE4, 500, STEPS + "; of the fixed attacker")
@@ -445,6 +447,7 @@ EPOCHS = {  # steps of 0: so many passes over the task's images, and at least so
     "dispose_steps": ("target", 60, 300), "fresh_steps": ("target", 120, 600),
     "attack_steps": ("source-subset", 20, 100),
 }
+
 
 # ---------------------------------------- Data ----------------------------------------
 # A task is named SET[CLASSES]@PER_CLASS; its images live as uint8 tensors on the device.
@@ -777,6 +780,7 @@ def frozen(module: nn.Module) -> nn.Module:
     """A copy for reading: evaluation mode, no gradients to its parameters."""
     return copy.deepcopy(module).eval().requires_grad_(False)
 
+
 # ---------------------------------------- The one loop ----------------------------------------
 # It trains every stage and every attack.
 
@@ -900,8 +904,8 @@ def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Ta
                 terms["distill"] = distillation(student(x), teacher(x), TEMPERATURE)
                 terms["distill"].backward()
             if method.forget is gradient_collision:
-                head = new_head(features, source.classes, generator, device)
-                head = head if gc_head == "fresh" else copy.deepcopy(source_head)
+                head = copy.deepcopy(source_head) if gc_head == "source" else new_head(
+                    features, source.classes, generator, device)
                 now = weight * (min(1.0, (step + 1) / (RAMP * schedule.steps)) if method.fresh else 1.0)
                 terms["forget"] = gradient_collision(student.backbone, head, x, y, similarity, chunks, now)
             elif method.forget:
@@ -934,7 +938,8 @@ def piggyback(backbone: ResNet, task: Task, attacker: "Attacker", schedule: Sche
                 p.add_(torch.randn(p.shape, generator=generator, device=p.device) * p.std() * attacker.noise)
     if attacker.per_class:
         kept = [torch.nonzero(task.y == c).flatten()[: attacker.per_class] for c in range(task.classes)]
-        data = replace(task, x=task.x[torch.cat(kept)], y=task.y[torch.cat(kept)])
+        kept = torch.cat(kept)
+        data = replace(task, x=task.x[kept], y=task.y[kept])
     first = batch(data, schedule.batch_size, 0, seed, schedule.augment, generator)
     cosine = chunk_statistics(model.train(), *first)["mean_cosine"]
     model.backbone.requires_grad_(not attacker.head_only)
@@ -1047,6 +1052,7 @@ ATTACKERS = {
     "few-long": Attacker(0.1, times=4, per_class=10),
 }
 SMALL = ("fixed", "long", "adamw", "noise", "few")
+
 
 # ---------------------------------------- Files and progress ----------------------------------------
 # What is on disk is whole, and checked when it is read.
@@ -1219,13 +1225,15 @@ class Run:
     @functools.cache
     def task(self, name: str) -> Task:
         """`source`, `target`, `source-subset`, `downstream`, or `oracle`: more images of the target."""
-        c, option, more = self.config, name, self.config.oracle_per_class
-        spec = {"source-subset": f"{c.source.split('@')[0]}@{c.subset_per_class}",
-                "oracle": c.target.split("@")[0] + f"@{more}" * bool(more)}.get(name) or getattr(c, name)
+        c, more = self.config, self.config.oracle_per_class
+        derived = {
+            "source-subset": ("subset-per-class", f"{c.source.split('@')[0]}@{c.subset_per_class}"),
+            "oracle": ("oracle-per-class", c.target.split("@")[0] + f"@{more}" * bool(more)),
+        }
+        option, spec = derived[name] if name in derived else (name, getattr(c, name))
         try:
             return load_task(spec, self.seed, self.data_dir, self.device, c.split, c.image_size)
         except DTLError as error:
-            option = {"source-subset": "subset-per-class", "oracle": "oracle-per-class"}.get(name, name)
             raise DTLError(f"--{option}: {error}") from None
 
     def schedule(self, steps: int, lr: float, optimizer: str = "sgd") -> Schedule:
@@ -1531,7 +1539,8 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
                  *(f"  {name:<17} {len(t.y)} training, {len(t.y_test)} {config.split} images, {t.classes} "
                    f"classes, {t.x.shape[2]}x{t.x.shape[3]}" for name, t in runs[0].tasks.items())):
         progress.say(line)
-    append(out / "log.jsonl", dict(about=about, settings=asdict(config)))
+    if RANK == 0:
+        append(out / "log.jsonl", dict(about=about, settings=asdict(config)))
     try:
         for layer in layers:
             for _, work, *which in layer:
@@ -1585,7 +1594,7 @@ class Grouped(click.Command):
     """Help with the options in the groups of Config."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        groups = {f.name: f.metadata["group"] or STAGE3 for f in fields(Config)}
+        groups = {f.name: f.metadata["group"] for f in fields(Config)}
         for group in ("", *dict.fromkeys(groups.values())):
             with formatter.section(group or "The run"):
                 formatter.write_dl([option.get_help_record(context) for option in self.get_params(context)

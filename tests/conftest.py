@@ -25,6 +25,15 @@ TINY = dict(
     pretrain_steps=6, transfer_steps=4, dispose_steps=4, fresh_steps=4, attack_steps=1,
 )  # fmt: skip
 TINY_METHODS = ("uniform", "gc", "gc-fresh")  # without, with, and with GC into a fresh backbone
+MODELS = (  # the rows of a tiny experiment's tables
+    "scratch",
+    "random",
+    "oracle",
+    "transferred",
+    "disposed:uniform",
+    "disposed:gc",
+    "disposed:gc-fresh",
+)
 NOT_REPEATABLE = ("seconds", "revision", "digest")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import MODELS
 
 import dtl
 
@@ -215,17 +216,6 @@ def test_the_data_command_says_what_it_found(dtl_command, tmp_path, monkeypatch)
 
 # ---------------------------------------- what is written
 
-MODELS = {
-    "scratch",
-    "random",
-    "oracle",
-    "transferred",
-    "disposed:uniform",
-    "disposed:gc",
-    "disposed:gc-fresh",
-}
-
-
 def test_results_have_the_promised_fields(finished):
     found = [json.loads(line) for line in (finished.out / "results.jsonl").read_text().splitlines()]
     assert len({r["config"] for r in found}) == 1 and f"config {found[0]['config']}" in finished.output
@@ -246,7 +236,7 @@ def test_results_have_the_promised_fields(finished):
     }
     assert all(-1 <= r["mean_cosine"] <= 1 for r in attacks) and len({r["mean_cosine"] for r in attacks}) > 20
     others = {(r["model"], r["metric"]) for r in found if r["metric"] != "pl_accuracy"}
-    assert others >= {(m, "target_accuracy") for m in MODELS - {"random"}} | {
+    assert others >= {(m, "target_accuracy") for m in set(MODELS) - {"random"}} | {
         ("pretrained", "source_accuracy")
     }
     assert len(found) == len({r["key"] for r in found}) == len(attacks) + len(others)

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import MODELS
 
 import dtl
 
@@ -22,15 +23,6 @@ def target(model, value, seed=0):
                 attacker_seed=None)  # fmt: skip
 
 
-MODELS = (
-    "scratch",
-    "random",
-    "oracle",
-    "transferred",
-    "disposed:uniform",
-    "disposed:gc",
-    "disposed:gc-fresh",
-)
 PL = dict(zip(MODELS, (0.40, 0.30, 0.42, 0.62, 0.60, 0.47, 0.40)))
 
 
