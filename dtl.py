@@ -44,6 +44,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while torch is being imported is one line, too
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ninterrupted\n"), os._exit(130)))
 
+import base64
 import copy
 import functools
 import hashlib
@@ -382,7 +383,7 @@ class Config:
     oracle_per_class: int = setting(TASKS, 150, "target images a class of oracle; 0: all in the set")
     split: str = setting(TASKS, "test", "measured on, the latter a held-out tenth", "test", "validation")
     image_size: int = setting(TASKS, 0, "pixels a side, by area averaging; 0: as stored", high=4096)
-    network: str = setting(TRAINING, "resnet18", "backbone", "resnet18", "resnet8")
+    network: str = setting(TRAINING, "resnet18", "backbone", "resnet18", "resnet8", "resnet8-wide")
     augment: str = setting(TRAINING, "crop,flip", "of training images", "crop,flip", "crop", "none")
     batch_size: int = setting(TRAINING, 128, "images a step", low=2, high=1e6)
     precision: str = setting(TRAINING, "auto", "bfloat16 on CUDA, but for GC", "auto", "float32")
@@ -434,9 +435,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         transfer_steps=200, transfer_lr=0.05, dispose_steps=200, chunks=2, chunk_size=16,
         weights="gc=3,gc-fresh=2,uniform=3", fresh_steps=400, attack_steps=60),
     "cifar": {},
-    "cifar-small": dict(
-        oracle_per_class=120, image_size=16, network="resnet8", batch_size=64, pretrain_steps=3000, chunks=2,
-        transfer_steps=600, dispose_steps=600, fresh_steps=1000, attack_steps=200, weights="gc=60"),
+    "cifar-cpu": dict(
+        image_size=16, network="resnet8-wide", batch_size=64, pretrain_steps=12000, transfer_steps=1000,
+        dispose_steps=1000, chunks=2, fresh_steps=3000, attack_steps=200),
     "own": dict(
         source="", target="", downstream="", oracle_per_class=0, network="resnet8", augment="none",
         batch_size=64, pretrain_steps=0, transfer_steps=0, transfer_lr=0.05, dispose_steps=0, fresh_steps=0,
@@ -736,6 +737,13 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.stem(x)).mean((2, 3))
 
+    def every_layer(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, F): what the stem and each block give, as means over four quarters."""
+        maps = [self.stem(x)]
+        for block in self.blocks:
+            maps.append(block(maps[-1]))
+        return torch.cat([F.adaptive_avg_pool2d(m, 2).flatten(1) for m in maps], 1)
+
 
 class Model(nn.Module):
     """A backbone and a linear head: (B, 3, H, W) float -> (B, classes) float32. `mixed`: bfloat16 inside."""
@@ -749,7 +757,7 @@ class Model(nn.Module):
             return self.head(self.backbone(x)).float()
 
 
-NETWORKS = {"resnet18": ((2, 2, 2, 2), 64), "resnet8": ((1, 1, 1), 16)}
+NETWORKS = {"resnet18": ((2, 2, 2, 2), 64), "resnet8": ((1, 1, 1), 16), "resnet8-wide": ((1, 1, 1), 32)}
 
 
 def new_backbone(network: str, seed: int, device: torch.device) -> ResNet:
@@ -769,11 +777,10 @@ def new_head(features: int, classes: int, seed: int | torch.Generator, device: t
 
 
 @torch.no_grad()
-def accuracy(model: Model, task: Task) -> float:
-    """Test accuracy, 0..1."""
+def hits(model: Model, task: Task) -> Tensor:
+    """Which test images the model gets right: (M,) bool. Their mean is the test accuracy."""
     model.eval()
-    answers = torch.cat([model(normalise(x)).argmax(1) for x in task.x_test.split(500)])
-    return (answers == task.y_test).double().mean().item()
+    return torch.cat([model(normalise(x)).argmax(1) for x in task.x_test.split(500)]) == task.y_test
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -784,7 +791,7 @@ def frozen(module: nn.Module) -> nn.Module:
 # ---------------------------------------- The one loop ----------------------------------------
 # It trains every stage and every attack.
 
-CLIP, WEIGHT_DECAY = 5.0, 5e-4  # largest norm of a step's gradient; L2 penalty
+CLIP = 5.0  # largest norm of a step's gradient
 FETCH = 50  # steps between two looks at the loss terms, which stay on the device till then
 
 
@@ -798,6 +805,8 @@ class Schedule:
     augment: str = "crop,flip"
     mixed: bool = False  # bfloat16 where no second derivative is needed
     optimizer: str = "sgd"
+    weight_decay: float = 5e-4  # L2 penalty
+    gentle: bool = False  # mixup, label smoothing, and a learning rate that falls towards the input
 
     def lr_at(self, step: int) -> float:
         done = (step + 1) / (self.steps + 1)
@@ -810,10 +819,13 @@ def train(model: nn.Module, step_loss: Callable, schedule: Schedule, seed: int, 
     by name, tensors () that stay on the device, so that no step waits. The generator is seeded anew by (seed,
     step): a stage goes on from its step number, parameters and optimiser state alone. `inspect(step)` adds to
     the log."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    sgd = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
-    optimizer = (torch.optim.AdamW if schedule.optimizer == "adamw" else sgd)(
-        params, lr=schedule.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    params, groups = [p for p in model.parameters() if p.requires_grad], []
+    for k, p in enumerate(params if schedule.gentle else ()):
+        groups.append(dict(params=[p], share=(k + 1) / len(params)))
+    groups, sgd = groups or [dict(params=params, share=1.0)], dict(momentum=0.9, nesterov=True)
+    how = dict(lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
+    adamw = schedule.optimizer == "adamw"
+    optimizer = torch.optim.AdamW(groups, **how) if adamw else torch.optim.SGD(groups, **how, **sgd)
     generator, terms, first = torch.Generator(params[0].device), [], 0
     if saved := progress.path and load(progress.path, progress.key, progress.device):
         model.load_state_dict(saved["model"])
@@ -822,7 +834,8 @@ def train(model: nn.Module, step_loss: Callable, schedule: Schedule, seed: int, 
     model.train()
     for step in range(first, schedule.steps):
         progress.at(step, schedule.steps)
-        optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["share"] * schedule.lr_at(step)
         optimizer.zero_grad()
         row = step_loss(step, generator.manual_seed(stream(seed, step)))
         row["gradient"] = nn.utils.clip_grad_norm_(params, CLIP)
@@ -847,7 +860,14 @@ def fit(model: Model, task: Task, schedule: Schedule, seed: int, progress: "Prog
 
     def step_loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         x, y = batch(task, schedule.batch_size, step, seed, schedule.augment, generator)
-        loss = F.cross_entropy(model(x), y)
+        if schedule.gentle:  # mixup: each image with the one at the other end of the batch
+            share = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+            logits = model(share * x + (1 - share) * x.flip(0))
+            loss, other = (F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+                           for labels in (y, y.flip(0)))
+            loss = torch.lerp(other, loss, share.flatten()).mean()
+        else:
+            loss = F.cross_entropy(model(x), y)
         loss.backward()
         return {"loss": loss}
 
@@ -859,7 +879,7 @@ def fit(model: Model, task: Task, schedule: Schedule, seed: int, progress: "Prog
 # In the paper's order: explicit arguments in, a result out.
 
 TEMPERATURE = 4.0  # of the distillation from the transferred model, which keeps the target
-RAMP = 0.5  # share of a disposal into a fresh backbone over which the weight of GC rises from zero
+RAMP = 0.5  # share of a long disposal over which the weight of its forget loss rises from zero
 
 
 def pretrain(source: Task, network: str, schedule: Schedule, seed: int, progress: "Progress") -> Model:
@@ -896,23 +916,23 @@ def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Ta
         x, _ = batch(target, schedule.batch_size, step, seed, schedule.augment, generator)
         terms = {"retain": distillation(student(x), teacher(x), TEMPERATURE)}
         terms["retain"].backward()
-        if not (method.forget or method.fresh):
+        if not (method.forget or method.distill):
             return terms
         x, y = source_batch(step, generator)
+        now = weight * (min(1.0, (step + 1) / (RAMP * schedule.steps)) if method.long else 1.0)
         with running_statistics_kept(student):
-            if method.fresh:  # source images as unlabelled ones: more of them than there are target images
+            if method.distill:  # source images as unlabelled ones: more of them than there are target images
                 terms["distill"] = distillation(student(x), teacher(x), TEMPERATURE)
                 terms["distill"].backward()
-            if method.forget is gradient_collision:
+            if method.forget in (gradient_collision, gradient_norm):
                 head = copy.deepcopy(source_head) if gc_head == "source" else new_head(
                     features, source.classes, generator, device)
-                now = weight * (min(1.0, (step + 1) / (RAMP * schedule.steps)) if method.fresh else 1.0)
-                terms["forget"] = gradient_collision(student.backbone, head, x, y, similarity, chunks, now)
+                terms["forget"] = method.forget(student.backbone, head, x, y, similarity, chunks, now)
             elif method.forget:
                 logits = Model(student.backbone, original_head, mixed)(x)
                 before = functools.partial(Model(teacher.backbone, original_head, mixed), x)
                 terms["forget"] = method.forget(logits, y, before, functools.partial(stranger, x), generator)
-                (weight * terms["forget"]).backward()
+                (now * terms["forget"]).backward()
         return terms
 
     def inspect(step: int) -> dict[str, float]:
@@ -925,26 +945,49 @@ def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Ta
 
 
 def piggyback(backbone: ResNet, task: Task, attacker: "Attacker", schedule: Schedule, seed: int,
-              progress: "Progress") -> dict[str, float]:
+              progress: "Progress") -> tuple[Tensor, float]:
     """Stage 4: a new head on the scrubbed backbone, trained on a piggyback task as the attacker does it.
-    Returns the PL accuracy, 0..1, as `value`, and the `mean_cosine` of the attacker's chunk gradients at its
-    step 0. Of one seed every model gets the same head, batches and schedule."""
+    Returns which test images it gets right, (M,) bool, whose mean is the PL accuracy, and the mean cosine of
+    the attacker's chunk gradients at its step 0. Of one seed every model gets the same head, batches and
+    schedule."""
     generator = torch.Generator(task.x.device).manual_seed(stream(seed, "attack"))
     head, data = new_head(backbone.features, task.classes, generator, task.x.device), task
     model = Model(copy.deepcopy(backbone), head, schedule.mixed)
-    with torch.no_grad():
-        for p in model.backbone.parameters():
-            if attacker.noise and p.dim() > 1:
-                p.add_(torch.randn(p.shape, generator=generator, device=p.device) * p.std() * attacker.noise)
     if attacker.per_class:
         kept = [torch.nonzero(task.y == c).flatten()[: attacker.per_class] for c in range(task.classes)]
         kept = torch.cat(kept)
         data = replace(task, x=task.x[kept], y=task.y[kept])
+    if attacker.rescaled:
+        with torch.no_grad():
+            for filters in (p for p in model.backbone.parameters() if p.dim() == 4):  # (out, in, h, w)
+                size = (2 / filters[0].numel()) ** 0.5 / filters.std((1, 2, 3), keepdim=True)
+                filters.mul_(torch.where(size.isfinite(), size, 1.0))
     first = batch(data, schedule.batch_size, 0, seed, schedule.augment, generator)
     cosine = chunk_statistics(model.train(), *first)["mean_cosine"]
-    model.backbone.requires_grad_(not attacker.head_only)
-    fit(model, data, schedule, seed, progress)
-    return {"value": accuracy(model, task), "mean_cosine": cosine}
+    if attacker.ridge:
+        return ridge_regression(model.backbone, data), cosine
+    return hits(fit(model, data, schedule, seed, progress), task), cosine
+
+
+@torch.no_grad()
+def ridge_regression(backbone: ResNet, task: Task) -> Tensor:
+    """Which test images, (M,) bool, ridge regression of the labels on the frozen features of all layers gets
+    right, by that of its penalties which gets most."""
+    for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = 1.0  # running statistics become those of the one batch of all the attacker's images
+    backbone.train().every_layer(normalise(task.x))
+    backbone.eval()
+    known, seen = (torch.cat([backbone.every_layer(normalise(x)) for x in images.split(500)]).cpu().double()
+                   for images in (task.x, task.x_test))  # (N, F), (M, F)
+    centre, spread = known.mean(0), known.std(0) + 1e-6
+    known, seen = (known - centre) / spread, (seen - centre) / spread
+    y, products = F.one_hot(task.y.cpu(), task.classes).double(), known.T @ known
+    found = []
+    for penalty in (0.01, 0.1, 1.0, 10.0):
+        shrunk = products + penalty * len(known) * torch.eye(len(products), dtype=torch.float64)
+        weights = torch.linalg.solve(shrunk, known.T @ (y - y.mean(0)))
+        found.append((seen @ weights + y.mean(0)).argmax(1) == task.y_test.cpu())
+    return max(found, key=torch.sum)
 
 
 def chunk_statistics(model: Model, x: Tensor, y: Tensor, chunks: int = 4) -> dict[str, float]:
@@ -970,6 +1013,12 @@ def gradient_collision(backbone: ResNet, head: nn.Linear, x: Tensor, y: Tensor, 
               for x, y in zip(x.tensor_split(chunks), y.tensor_split(chunks))]
     params = [*backbone.parameters(), *head.parameters()]
     return gradient_collision_backward(losses, params, similarity=similarity, weight=weight)
+
+
+def gradient_norm(backbone: ResNet, head: nn.Linear, x: Tensor, y: Tensor, similarity: str, chunks: int,
+                  weight: float) -> Tensor:
+    """A penalty on the squared norm of the whole batch's gradient: GC of the batch with itself."""
+    return gradient_collision(backbone, head, torch.cat([x, x]), torch.cat([y, y]), "dot", 2, weight)
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -1009,9 +1058,13 @@ def scrub(logits, labels, transferred, stranger, generator) -> Tensor:
 class Method:
     forget: Callable | None = None  # None: the retain loss alone
     weight: float = 0.0  # of the forget loss, unless --weights says otherwise
-    fresh: bool = False  # into a fresh backbone, by distillation on target and source images
+    long: bool = False  # with the steps and learning rate of a fresh backbone
+    fresh: bool = False  # into a fresh backbone
+    distill: bool = False  # retain the transferred model's answers on source images, too
+    weight_decay: float = Schedule.weight_decay
 
 
+LONG, FRESH_START = dict(long=True, distill=True), dict(long=True, fresh=True, distill=True)
 METHODS = {
     "finetune": Method(),
     "neggrad": Method(negative_gradient, 1.0),
@@ -1020,38 +1073,47 @@ METHODS = {
     "bad-teacher": Method(bad_teacher, 3.0),
     "scrub": Method(scrub, 3.0),
     "gc": Method(gradient_collision, 30.0),
-    "distill-fresh": Method(fresh=True),
-    "gc-fresh": Method(gradient_collision, 30.0, fresh=True),
+    "finetune-long": Method(long=True, weight_decay=5e-3),
+    "gc-long": Method(gradient_collision, 30.0, **LONG),
+    "distill-target": Method(long=True, fresh=True),
+    "distill-fresh": Method(**FRESH_START),
+    "random-labels-fresh": Method(random_labels, 3.0, **FRESH_START),
+    "uniform-fresh": Method(uniform_labels, 10.0, **FRESH_START),
+    "gradient-norm-fresh": Method(gradient_norm, 30.0, **FRESH_START),
+    "gc-fresh": Method(gradient_collision, 30.0, **FRESH_START),
 }
 TOY_METHODS = ("finetune", "uniform", "gc", "gc-fresh")  # of the presets demo and own, unless --methods all
+PAIRS = (("gc", "uniform"), ("gc-long", "gc"), ("gc-fresh", "distill-fresh"), ("gc-fresh", "uniform-fresh"),
+         ("gc-fresh", "gradient-norm-fresh"), ("uniform-fresh", "distill-fresh"))  # compared image by image
 
 
 @dataclass(frozen=True)
 class Attacker:
     """One way of piggyback learning. BatchNorm is in training mode in all of them, so that its statistics are
-    re-estimated on the attacker's images, also where the head alone is trained."""
+    re-estimated on the attacker's images, also where the backbone is frozen."""
 
     lr: float = 0.05  # peak learning rate
     times: int = 1  # as many steps as --attack-steps
     per_class: int = 0  # images a class; 0: all of the piggyback data
     optimizer: str = "sgd"  # or adamw
-    head_only: bool = False  # on the frozen backbone
-    noise: float = 0.0  # first added to the backbone's weights, in standard deviations of each tensor
+    gentle: bool = False  # as in Schedule
+    rescaled: bool = False  # each filter first brought to the size that a new one has
+    ridge: bool = False  # nothing trained: ridge regression on the features of all layers
 
 
 ATTACKERS = {
     "fixed": Attacker(),
-    "long": Attacker(0.1, times=4),
-    "adamw": Attacker(0.002, times=4, optimizer="adamw"),
-    "noise": Attacker(0.1, times=4, noise=0.2),
-    "few": Attacker(per_class=10),
-    "low": Attacker(0.03, times=4),
-    "high": Attacker(0.3, times=4),
+    "low": Attacker(0.03, times=5),
+    "long": Attacker(0.1, times=5),
+    "high": Attacker(0.3, times=5),
     "longer": Attacker(0.1, times=20),
-    "head": Attacker(0.1, times=4, head_only=True),
-    "few-long": Attacker(0.1, times=4, per_class=10),
+    "adamw": Attacker(0.002, times=5, optimizer="adamw"),
+    "gentle": Attacker(0.1, times=20, gentle=True),
+    "rescaled": Attacker(0.1, times=5, rescaled=True),
+    "few": Attacker(0.1, times=5, per_class=10),
+    "ridge": Attacker(times=0, ridge=True),
 }
-SMALL = ("fixed", "long", "adamw", "noise", "few")
+SMALL = ("fixed", "long", "adamw", "few", "ridge")
 
 
 # ---------------------------------------- Files and progress ----------------------------------------
@@ -1236,8 +1298,8 @@ class Run:
         except DTLError as error:
             raise DTLError(f"--{option}: {error}") from None
 
-    def schedule(self, steps: int, lr: float, optimizer: str = "sgd") -> Schedule:
-        return Schedule(steps, lr, self.config.batch_size, self.config.augment, self.mixed, optimizer)
+    def schedule(self, steps: int, lr: float, **more: Any) -> Schedule:
+        return Schedule(steps, lr, self.config.batch_size, self.config.augment, self.mixed, **more)
 
     def recipe(self, name: str) -> tuple[list, float, Callable[[], Model]]:
         """(what a model depends on, about how many plain steps it takes, how to make it)."""
@@ -1255,10 +1317,13 @@ class Run:
                 transfer(self.model("pretrained"), task(data), how, seed, progress) if moved else
                 pretrain(task(data), c.network, how, seed, progress))
         method = METHODS[short := name.removeprefix("disposed:")]
-        how = (c.fresh_steps, c.fresh_lr) if method.fresh else (c.dispose_steps, c.dispose_lr)
-        how, weight = self.schedule(*how), c.weight_of().get(short, method.weight)
+        how = (c.fresh_steps, c.fresh_lr if method.fresh else c.dispose_lr) if method.long else (
+            c.dispose_steps, c.dispose_lr)
+        how = self.schedule(*how, weight_decay=method.weight_decay)
+        weight = c.weight_of().get(short, method.weight)
         options = dict(similarity=c.similarity, gc_head=c.gc_head, chunks=c.chunks, chunk_size=c.chunk_size)
-        cost = 1.5 * method.fresh + (5 if method.forget is gradient_collision else 1.5 * bool(method.forget))
+        cost = {None: 0.0, gradient_collision: 5.0, gradient_norm: 10.0}.get(method.forget, 1.5)
+        cost += 1.5 * method.distill
         cost = how.steps * (1.3 + cost * c.chunks * c.chunk_size / c.batch_size)
         return [self.key("transferred"), asdict(how), weight, options], cost, lambda: dispose(
             self.model("transferred"), self.model("pretrained").head, task("source"), task("target"), method,
@@ -1297,7 +1362,8 @@ class Run:
                attacker_seed: int | None = None) -> tuple[dict, Task, Schedule | None]:
         """(the line of results.jsonl but for its value, the task measured on, how the attacker trains)."""
         data, how = self.task(task or metric.split("_")[0]), ATTACKERS.get(attacker)
-        schedule = how and self.schedule(how.times * self.config.attack_steps, how.lr, how.optimizer)
+        schedule = how and self.schedule(how.times * self.config.attack_steps, how.lr,
+                                         optimizer=how.optimizer, gentle=how.gentle)
         key = self.key(metric, self.key(model), data.fingerprint, str(how), str(schedule), attacker_seed)
         return dict(seed=self.seed, model=model, metric=metric, task=task, attacker=attacker,
                     attacker_seed=attacker_seed, key=key), data, schedule
@@ -1309,13 +1375,15 @@ class Run:
             model, began = self.model(record["model"]), time.monotonic()
             name = f"seed {self.seed} {' '.join(str(w) for w in which if w)}"
             if schedule is None:
-                record["value"] = accuracy(model, data)
+                right = hits(model, data)
             else:
                 self.progress.begin(name, schedule.steps)
                 seed = stream(self.seed, "piggyback", record["task"], record["attacker_seed"])
-                attacker = ATTACKERS[record["attacker"]]
-                record |= piggyback(model.backbone, data, attacker, schedule, seed, self.progress)
-            record |= dict(config=self.config.digest(), revision=git_revision(),
+                right, record["mean_cosine"] = piggyback(
+                    model.backbone, data, ATTACKERS[record["attacker"]], schedule, seed, self.progress)
+            bits = base64.b64encode(np.packbits(right.cpu().numpy()).tobytes()).decode()
+            record |= dict(value=right.double().mean().item(), images=len(right), hits=bits,
+                           config=self.config.digest(), revision=git_revision(),
                            seconds=round(time.monotonic() - began, 1))
             self.results.add(record)
             self.progress.say(f"{name}: {100 * record['value']:.1f} %")
@@ -1325,50 +1393,67 @@ class Run:
 # ---------------------------------------- The report ----------------------------------------
 # Rows are models, columns what was measured; report.md, its closing words and the picture come from them.
 
-Interval = tuple[float, float, float]  # value, and its 95% bootstrap interval over seeds
+DRAWS = 1000  # of the bootstrap
+Interval = tuple[float, float, float]  # value, and its 95% bootstrap interval over seeds and test images
+
+
+@functools.cache
+def draws(count: int, images: bool) -> np.ndarray:
+    """(1 + DRAWS, count) float64, weights that sum to 1: all alike, then of DRAWS drawings with replacement.
+    The same for every model: what is compared is compared on the same seeds and images."""
+    drawn = np.random.default_rng(images).multinomial(count, np.full(count, 1 / count), DRAWS)
+    return np.concatenate([np.ones((1, count)), drawn]) / count
 
 
 class Rows:
-    """What was measured. values: (model, metric, task, attacker or "worst") -> (seeds,), each a mean over
-    attacker seeds; cosines: the same of the attacker's chunk gradients at its step 0."""
+    """What was measured. means: (model, metric, task, attacker or "worst") -> (1 + DRAWS,): the mean over
+    seeds, attacker seeds and test images, then that of every drawing; cosines: the mean over seeds of the
+    attacker's chunk gradients' at its step 0."""
 
     def __init__(self, records: Sequence[dict], models: Sequence[str]) -> None:
-        found: dict[tuple, dict[int, list]] = {}
+        found: dict[tuple, dict[int, list[np.ndarray]]] = {}
+        cosines: dict[tuple, list[float]] = {}
         for r in records:
-            of_seed = found.setdefault((r["model"], r["metric"], r["task"], r["attacker"]), {})
-            of_seed.setdefault(r["seed"], []).append([r["value"], r.get("mean_cosine", 0.0)])
-        pairs = {k: np.array([np.mean(v, 0) for _, v in sorted(seeds.items())]) for k, seeds in found.items()}
-        self.values, self.cosines = ({k: pair[:, i] for k, pair in pairs.items()} for i in (0, 1))
-        self.attackers = [a for a in ATTACKERS if any(k[3] == a for k in pairs)]
-        self.models = [m for m in models if any(k[0] == m and k[3] for k in pairs)]
+            key = r["model"], r["metric"], r["task"], r["attacker"]
+            bits = np.unpackbits(np.frombuffer(base64.b64decode(r["hits"]), np.uint8), count=r["images"])
+            found.setdefault(key, {}).setdefault(r["seed"], []).append(bits)
+            cosines.setdefault(key, []).append(r.get("mean_cosine", 0.0))
+        self.means, self.cosines = {}, {key: np.mean(values) for key, values in cosines.items()}
+        for key, seeds in found.items():
+            right = np.array([np.mean(bits, 0) for _, bits in sorted(seeds.items())])  # (seeds, images)
+            of_seed = right @ draws(right.shape[1], True).T  # (seeds, 1 + DRAWS)
+            self.means[key] = (draws(len(right), False).T * of_seed).sum(0)
+        self.attackers = [a for a in ATTACKERS if any(k[3] == a for k in found)]
+        self.models = [m for m in models if any(k[0] == m and k[3] for k in found)]
         for m, task in [(m, task) for m in self.models for task in PIGGYBACK_TASKS]:
-            tried = [self.values[m, "pl_accuracy", task, attacker] for attacker in self.attackers]
-            self.values[m, "pl_accuracy", task, "worst"] = max(tried, key=np.mean)  # which reaches most
+            tried = [self.means[m, "pl_accuracy", task, attacker] for attacker in self.attackers]
+            self.means[m, "pl_accuracy", task, "worst"] = max(tried, key=lambda mean: mean[0])
 
-    def get(self, what: str, model: str, task: str | None = None, attacker: str = "") -> Interval | None:
+    def get(self, what: str, model: str, task: str | None = None, attacker: str = "",
+            other: str = "") -> Interval | None:
         """`target` accuracy, its `change` by disposal; `pl` accuracy, its `points` above oracle, and `leak`:
-        0 as oracle, which never saw the source, 1 as transferred; a ratio of means over seeds."""
-        against = {"change": ["transferred"], "points": ["oracle"], "leak": ["transferred", "oracle"]}
+        0 as oracle, which never saw the source, 1 as transferred; a ratio of means. `minus`: either accuracy
+        minus that of the model `other`."""
+        against = {"change": ["transferred"], "points": ["oracle"], "leak": ["transferred", "oracle"],
+                   "minus": [other]}
         where = ("pl_accuracy", task, attacker) if task else ("target_accuracy", None, None)
-        columns = [self.values.get((m, *where)) for m in (model, *against.get(what, []))]
+        columns = [self.means.get((m, *where)) for m in (model, *against.get(what, []))]
         if any(c is None for c in columns) or what == "leak" and self.why_no_leak(task, attacker):
             return None
         ratio = lambda pl, top, zero: (pl - zero) / (top - zero)  # noqa: E731
-        statistic = (lambda a: a, np.subtract, ratio)[len(columns) - 1]
-        drawn = np.random.default_rng(0).integers(0, len(columns[0]), (10000, len(columns[0])))  # whole seeds
-        interval = np.percentile(statistic(*(c[drawn].mean(1) for c in columns)), (2.5, 97.5))
-        return statistic(*(c.mean() for c in columns)), *interval
+        value, *drawn = (lambda a: a, np.subtract, ratio)[len(columns) - 1](*columns)
+        return value, *np.percentile(drawn, (2.5, 97.5))
 
     def why_no_leak(self, task: str, attacker: str = "worst") -> str:
         """Nothing, or why the ratio would say nothing."""
-        top, zero = (self.values.get((m, "pl_accuracy", task, attacker)) for m in ("transferred", "oracle"))
+        top, zero = (self.means.get((m, "pl_accuracy", task, attacker)) for m in ("transferred", "oracle"))
         if top is None or zero is None:
             return ("no leak: there is no oracle; `all` makes one where the target task leaves it images, as "
                     "b.npz@20 does")
-        gap = 100 * (top - zero)
-        least = max(3.0, 2 * gap.std(ddof=1) / len(gap) ** 0.5 if len(gap) > 1 else 0.0)
-        return "" if gap.mean() >= least else (
-            f"no leak on {task}: transferred is {gap.mean():.1f} points above oracle, under {least:.1f}: "
+        gap, *drawn = 100 * (top - zero)
+        least = max(3.0, 2 * np.std(drawn))
+        return "" if gap >= least else (
+            f"no leak on {task}: transferred is {gap:.1f} points above oracle, under {least:.1f}: "
             "more source data, a longer stage 1 or more seeds may help")
 
 
@@ -1395,8 +1480,15 @@ def tables(rows: Rows) -> list[str]:
             for kind in kinds:
                 pl, points, leak = (rows.get(what, m, task, kind) for what in ("pl", "points", "leak"))
                 row += [f"{short(pl)} {short(points, '+.1f')}", cell(leak, ".2f", 1)]
-            table.append([*row, f"{rows.cosines[m, 'pl_accuracy', task, rows.attackers[0]].mean():+.2f}"])
-        for cells in (table, others) if several else (table,):
+            table.append([*row, f"{rows.cosines[m, 'pl_accuracy', task, rows.attackers[0]]:+.2f}"])
+        pairs = [[f"paired, {task}", "target", *kinds, *(["few"] if "few" in rows.attackers else [])]]
+        for one, other in PAIRS:
+            one, other = (f"disposed:{m}" for m in (one, other))
+            if one in rows.models and other in rows.models:
+                found = [rows.get("minus", one, None, "", other),
+                         *(rows.get("minus", one, task, kind, other) for kind in pairs[0][2:])]
+                pairs.append([f"{one} - {other}".replace("disposed:", ""), *(cell(f, "+.1f") for f in found)])
+        for cells in [table] + [others] * several + [pairs] * (len(pairs) > 1):
             widths = [max(map(len, column)) for column in zip(*cells)]
             cells.insert(1, ["-" * width for width in widths])
             lines += ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells] + [""]
@@ -1515,17 +1607,25 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
     layers: list[list] = [[], [], [], []]  # each in need of those before: (about how many plain steps, work)
     numbers = []
     for r in runs:
+        wanted = set() if attacks else {"pretrained", *models}  # models; with attacks, those not yet measured
         for m in ["pretrained", *(m for m in models if m != "oracle" or r.has_oracle)]:
-            if not r.path(m).exists():
-                layers[2 if m in methods else m == "transferred"].append((r.recipe(m)[1], r.model, m))
-            if m != "random":
-                numbers.append((r, m, "source_accuracy" if m == "pretrained" else "target_accuracy"))
-            numbers += [(r, m, "pl_accuracy", *attack) for attack in attacks if m != "pretrained"]
-    for r, *which in numbers:
-        record, _, schedule = r.number(*which)
-        if record["key"] not in results:
-            layers[3].append((schedule.steps if schedule else 0, r.measure, *which))
-    layers = [layer[RANK::WORLD] for layer in layers]
+            of_model = [(m, "source_accuracy" if m == "pretrained" else "target_accuracy")] * (m != "random")
+            of_model += [(m, "pl_accuracy", *attack) for attack in attacks if m != "pretrained"]
+            for which in of_model:
+                record, _, schedule = r.number(*which)
+                if record["key"] not in results:
+                    layers[3].append((schedule.steps if schedule else 0, r.measure, *which))
+                    wanted.add(m)
+            numbers += [(r, *which) for which in of_model]
+        wanted |= {"transferred", "pretrained"} if wanted & {*methods} else set()
+        wanted |= {"pretrained"} if "transferred" in wanted else set()
+        for m in (m for m in ["pretrained", *models] if m in wanted and not r.path(m).exists()):
+            layers[2 if m in methods else m == "transferred"].append((r.recipe(m)[1], r.model, m))
+    for k, layer in enumerate(layers):  # the longest first, each to the rank that has least to do
+        shares: list[list] = [[] for _ in range(WORLD)]
+        for item in sorted(layer, key=lambda item: -item[0]) if WORLD > 1 else layer:
+            min(shares, key=lambda share: sum(cost for cost, *_ in share)).append(item)
+        layers[k] = shares[RANK]
     progress.costs = [cost for layer in layers for cost, *_ in layer if cost]
 
     machine = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}" if gpu is None else (
@@ -1563,7 +1663,8 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
         f"{config.split} images; seeds {seeds}; accuracy after stage 1 {100 * source:.1f}%.", "",
         "PL: accuracy that an attacker reaches, and points above `oracle`, which never saw the source; lower "
         "is better. Leak: 0 as `oracle`, 1 as `transferred`; below 0 is hard to train, not more forgotten. "
-        "Cosine: of the attacker's chunk gradients at step 0. In brackets: 95% bootstrap over seeds. "
+        "Cosine: of the attacker's chunk gradients at step 0. In brackets: 95% bootstrap over seeds and test "
+        "images. Paired: PL of one model minus that of another on the same seeds and images. "
         f"Worst: the strongest on each model of {len(attackers)} attackers ({', '.join(attackers)}).", "",
         *tables(rows), *in_words(rows), "", f"`{about[0]}`, {', '.join(about[1:])}.", ""])
     write_atomically(out / "report.md", text.encode())
