@@ -376,12 +376,12 @@ STEPS, PEAK = "steps; 0: by the size of the data", "peak learning rate"
 class Config:
     """Everything a result depends on besides seed and attacker. The defaults are the preset `cifar`."""
 
-    source: str = setting(TASKS, "cifar100[0:80]", "source task: pretrained on, then to be forgotten")
-    target: str = setting(TASKS, "cifar10@50", "target task: transferred to, and to be kept")
+    source: str = setting(TASKS, "cifar100[0:80]", "pretrained on, then to be forgotten")
+    target: str = setting(TASKS, "cifar10@50", "transferred to, and to be kept")
     downstream: str = setting(TASKS, "cifar100[80:100]@50", "new data of the attacker's")
     subset_per_class: int = setting(TASKS, 50, "source images a class that the attacker has", low=1)
-    oracle_per_class: int = setting(TASKS, 150, "target images a class of oracle; 0: all in the set")
-    split: str = setting(TASKS, "test", "measured on, the latter a held-out tenth", "test", "validation")
+    oracle_per_class: int = setting(TASKS, 150, "target images a class of oracle; 0: all")
+    split: str = setting(TASKS, "test", "images measured on", "test", "validation")
     image_size: int = setting(TASKS, 0, "pixels a side, by area averaging; 0: as stored", high=4096)
     network: str = setting(TRAINING, "resnet18", "backbone", "resnet18", "resnet8", "resnet8-wide")
     augment: str = setting(TRAINING, "crop,flip", "of training images", "crop,flip", "crop", "none")
@@ -395,8 +395,8 @@ class Config:
     dispose_steps: int = setting(STAGE3, 1500, STEPS)
     dispose_lr: float = setting(STAGE3, 0.02, PEAK, high=1e3)
     similarity: str = setting(STAGE3, "dot", "of gradients", "dot", "cos")
-    gc_head: str = setting(STAGE3, "fresh", "of GC, random each step or stage 1's", "fresh", "source")
-    chunks: int = setting(STAGE3, 4, "chunks of a source batch whose gradients collide", low=2, high=1e4)
+    gc_head: str = setting(STAGE3, "fresh", "of GC: random, or stage 1's", "fresh", "source")
+    chunks: int = setting(STAGE3, 4, "of a source batch, whose gradients collide", low=2, high=1e4)
     chunk_size: int = setting(STAGE3, 32, "images a chunk; rivals get as many in all", low=2, high=1e6)
     weights: str = setting(STAGE3, "", "of the methods' forget losses, METHOD=NUMBER,...")
     fresh_steps: int = setting(FRESH, 5000, STEPS)
@@ -1719,7 +1719,7 @@ OPTIONS = [
       for f in fields(Config)),
 ]
 STAGES = {
-    "all": "All four stages, the references, the report; as in: python dtl.py all --seeds 0,1,2",
+    "all": "All stages, references, report; as in: python dtl.py all --seeds 0,1,2",
     "audit": "The same as all --attackers small: the worst case of five attackers.",
     "pretrain": "Stage 1: train a network on the source task.",
     "transfer": "Stage 2: train its backbone, with a new head, on the target task.",

@@ -46,6 +46,29 @@ def test_the_same_command_again_does_nothing_again(
     assert (out / "report.md").read_text().split("\n`python")[0] == report.split("\n`python")[0]
 
 
+def test_tables_come_from_published_numbers_without_models(
+    finished, arguments, dtl_command, records, trained, tmp_path
+):
+    """results.jsonl alone is enough: no model is made whose numbers are all there; with one line gone, only
+    what that line needs."""
+    out = tmp_path / "published"
+    out.mkdir()
+    shutil.copy(finished.out / "results.jsonl", out)
+    command = arguments("all", out, attackers="fixed,long", attacker_seeds=2)
+    assert dtl_command(*command).code == 0
+    assert not trained(out) and not (out / "checkpoints").exists()
+    tables = [[line for line in (folder / "report.md").read_text().splitlines() if line.startswith("|")]
+              for folder in (out, finished.out)]  # fmt: skip
+    assert tables[0] == tables[1]
+    lines = (out / "results.jsonl").read_text().splitlines()
+    gone = next(k for k, line in enumerate(lines) if '"disposed:gc"' in line and '"pl_accuracy"' in line)
+    (out / "results.jsonl").write_text("\n".join([*lines[:gone], *lines[gone + 1 :]]) + "\n")
+    assert dtl_command(*command).code == 0
+    assert records(out) == records(finished.out)
+    assert [name.split()[2] for name in trained(out)[:3]] == ["pretrained", "transferred", "disposed:gc"]
+    assert len(trained(out)) == 4
+
+
 def test_results_do_not_depend_on_what_ran_before(finished, arguments, dtl_command, records, tmp_path):
     """Other methods, other stages, other seeds, other attackers first: the same keys, and the same
     numbers."""
