@@ -70,6 +70,11 @@ def spy(monkeypatch, name, note):
     return seen
 
 
+def share(model, task):
+    """Test accuracy, 0..1."""
+    return dtl.hits(model, task).double().mean().item()
+
+
 def everything(*args, **kwargs):
     return args, kwargs
 
@@ -96,8 +101,8 @@ def learning(steps, lr):
 
 def test_pretraining_and_transfer_learn(learned):
     source, target, pretrained, transferred = learned
-    assert dtl.accuracy(pretrained, source) > 0.8  # of two classes
-    assert dtl.accuracy(transferred, target) > 0.8
+    assert share(pretrained, source) > 0.8  # of two classes
+    assert share(transferred, target) > 0.8
     assert not pretrained.training and not transferred.training
 
 
@@ -120,7 +125,7 @@ def test_disposal_keeps_the_target_task(learned, method):
         chunks=2,
         chunk_size=16,
     )
-    assert dtl.accuracy(scrubbed, target) > 0.8
+    assert share(scrubbed, target) > 0.8
 
 
 def test_an_attack_gets_the_source_back_from_what_was_not_disposed_of(learned):
@@ -129,13 +134,13 @@ def test_an_attack_gets_the_source_back_from_what_was_not_disposed_of(learned):
     subset = replace(source, x=source.x[torch.cat(few)], y=source.y[torch.cat(few)])
     stranger = dtl.new_backbone("resnet8", 3, CPU)
     reached = [
-        dtl.piggyback(b, subset, dtl.Attacker(), learning(10, 0.05), 4, dtl.Progress())["value"]
+        dtl.piggyback(b, subset, dtl.Attacker(), learning(10, 0.05), 4, dtl.Progress())[0].double().mean()
         for b in (transferred.backbone, stranger)
     ]
     assert reached[0] > 0.8 and reached[0] > reached[1] + 0.1
 
 
-def test_accuracy_is_the_share_of_test_images_that_are_right():
+def test_hits_are_the_test_images_that_are_right():
     x_test = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).repeat(100, 1, 1, 1)
     y_test = torch.tensor([0, 1, 2, 3, 4, 5, 5]).repeat(100)
     task = dtl.Task(x=None, y=None, x_test=x_test, y_test=y_test, classes=7, fingerprint="")
@@ -145,7 +150,9 @@ def test_accuracy_is_the_share_of_test_images_that_are_right():
             number = (x[:, 0, 0, 0] * 63.75 + 127.5).round().long()
             return F.one_hot(number, 8)[:, :7].float() if not self.training else torch.zeros(len(x), 7)
 
-    assert dtl.accuracy(Reader().train(), task) == pytest.approx(6 / 7, abs=1e-12)
+    found = dtl.hits(Reader().train(), task)
+    assert found.dtype == torch.bool
+    assert found.tolist() == [*[True] * 6, False] * 100
 
 
 # ---------------------------------------- the one loop
@@ -584,15 +591,65 @@ def test_distillation_is_kl_times_temperature_squared():
 
 
 def test_the_published_methods():
-    """What a name means does not change unnoticed: (has a forget loss, into a fresh backbone)."""
-    assert {name: (m.forget is not None, m.fresh) for name, m in dtl.METHODS.items()} == {
-        "finetune": (False, False), "neggrad": (True, False), "random-labels": (True, False),
-        "uniform": (True, False),
-        "bad-teacher": (True, False), "scrub": (True, False), "gc": (True, False),
-        "distill-fresh": (False, True),
-        "gc-fresh": (True, True)}  # fmt: skip
-    assert dtl.METHODS["gc"].forget is dtl.METHODS["gc-fresh"].forget
-    assert len({m.forget for m in dtl.METHODS.values()}) == 7
+    """What a name means does not change unnoticed: which forget loss, long, fresh, with source answers."""
+    plain, fresh = (False, False, False), (True, True, True)
+    assert {n: (m.forget and m.forget.__name__, m.long, m.fresh, m.distill) for n, m in dtl.METHODS.items()} == {
+        "finetune": (None, *plain), "neggrad": ("negative_gradient", *plain),
+        "random-labels": ("random_labels", *plain), "uniform": ("uniform_labels", *plain),
+        "bad-teacher": ("bad_teacher", *plain), "scrub": ("scrub", *plain),
+        "gc": ("gradient_collision", *plain), "finetune-long": (None, True, False, False),
+        "gc-long": ("gradient_collision", True, False, True), "distill-target": (None, True, True, False),
+        "distill-fresh": (None, *fresh), "random-labels-fresh": ("random_labels", *fresh),
+        "uniform-fresh": ("uniform_labels", *fresh), "gradient-norm-fresh": ("gradient_norm", *fresh),
+        "gc-fresh": ("gradient_collision", *fresh)}  # fmt: skip
+    assert {name for name, m in dtl.METHODS.items() if m.weight_decay != 5e-4} == {"finetune-long"}
+    assert {name for pair in dtl.PAIRS for name in pair} <= {*dtl.METHODS}
+
+
+def test_gradient_norm_is_the_squared_norm_of_the_whole_batchs_gradient(world):
+    """And adds weight times its gradient, through the backbone and the head in use."""
+    backbone, head = (copy.deepcopy(m).double() for m in (world[2].backbone, world[3]))
+    x, y = dtl.batch(world[0], 6, 0, 7, "none", torch.Generator())
+    params = [*backbone.parameters(), *head.parameters()]
+    grads = torch.autograd.grad(F.cross_entropy(head(backbone(x.double())), y), params, create_graph=True)
+    norm = sum((g * g).sum() for g in grads)
+    expected = torch.autograd.grad(norm, params)
+    value = dtl.gradient_norm(backbone, head, x.double(), y, "cos", 4, 0.5)
+    assert value.item() == pytest.approx(norm.item(), rel=1e-9)
+    for p, e in zip(params, expected):
+        assert torch.allclose(p.grad, 0.5 * e, rtol=1e-6, atol=1e-9 * norm.item())
+
+
+@pytest.mark.parametrize("method", ["uniform", "uniform-fresh", "gc", "gc-long"])
+def test_the_weight_rises_over_half_of_a_long_disposal(world, monkeypatch, method):
+    """And is there from the beginning of a short one."""
+    seen = []
+    if method.startswith("gc"):
+        original = dtl.gradient_collision
+        fake = lambda *a: seen.append(a[-1]) or original(*a)  # noqa: E731
+        monkeypatch.setattr(dtl, "gradient_collision", fake)
+        entry = replace(dtl.METHODS[method], forget=fake)
+    else:
+
+        def counted(logits, *rest):
+            value = logits.square().sum()
+            value.register_hook(lambda g: seen.append(g.item()))
+            return value
+
+        entry = replace(dtl.METHODS[method], forget=counted)
+    monkeypatch.setitem(dtl.METHODS, "tried", entry)
+    dispose(world, "tried", 4, weight=1.0)
+    assert seen == pytest.approx([0.5, 1, 1, 1] if entry.long else [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("method", ["uniform", "gc-long", "distill-target", "distill-fresh", "gc-fresh"])
+def test_source_answers_are_retained_where_the_method_says_so(world, monkeypatch, method):
+    """The transferred model's, on source images: 16 of them a step, beside 8 target images."""
+    sizes = spy(monkeypatch, "distillation", lambda student, teacher, t=1.0: (len(student), t))
+    dispose(world, method, 2)
+    of_source = [size for size in sizes if size != sizes[0]]
+    assert len(of_source) == (2 if dtl.METHODS[method].distill else 0)
+    assert {t for _, t in sizes} == {dtl.TEMPERATURE}
 
 
 # ---------------------------------------- the attackers
@@ -611,22 +668,20 @@ def attacked(monkeypatch, backbone, task, attacker, seed=7, plan=None):
     with monkeypatch.context() as patch:
         patch.setattr(dtl, "fit", watched)
         result = dtl.piggyback(backbone, task, attacker, plan or schedule(4, 0.05), seed, dtl.Progress())
-    (phase,) = phases
-    return phase, result
+    assert len(phases) == (not attacker.ridge)
+    return phases[0] if phases else None, result
 
 
 @pytest.mark.parametrize("attacker", dtl.ATTACKERS.values(), ids=dtl.ATTACKERS)
 def test_an_attack_leaves_its_victim_alone_and_is_reproducible(world, monkeypatch, attacker):
     backbone, before = world[2].backbone, tensors(world[2].backbone)
-    phase, result = attacked(monkeypatch, backbone, world[0], attacker)
+    phase, (right, cosine) = attacked(monkeypatch, backbone, world[0], attacker)
     assert same(before, tensors(backbone)) and all(p.requires_grad for p in backbone.parameters())
-    assert result == attacked(monkeypatch, backbone, world[0], attacker)[1]
-    assert (
-        result.keys() == {"value", "mean_cosine"}
-        and 0 <= result["value"] <= 1
-        and -1 <= result["mean_cosine"] <= 1
-    )
-    assert result["value"] == dtl.accuracy(phase[1], world[0])  # test accuracy of what it ended with
+    again = attacked(monkeypatch, backbone, world[0], attacker)[1]
+    assert torch.equal(right, again[0]) and cosine == again[1] and -1 <= cosine <= 1
+    assert right.dtype == torch.bool and right.shape == world[0].y_test.shape
+    if phase:
+        assert torch.equal(right, dtl.hits(phase[1], world[0]))  # of what it ended with
 
 
 def test_an_attacker_trains_on_all_the_data_it_is_given(world, monkeypatch):
@@ -649,29 +704,101 @@ def test_few_images_a_class(world, monkeypatch):
     assert len(data.y) == 40
 
 
-def test_head_only(world, monkeypatch):
-    """The backbone's weights stay; its BatchNorm statistics are re-estimated, and the head learns."""
-    (before, after, *_), _ = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker(head_only=True))
-    assert same_weights(before.backbone, after.backbone) and same_weights(before.backbone, world[2].backbone)
-    assert not same_weights(before.head, after.head)
-    statistics = [n for n, b in after.named_buffers() if "running_mean" in n]
-    assert all(
-        not torch.equal(dict(before.named_buffers())[n], dict(after.named_buffers())[n]) for n in statistics
-    )
-    (before, after, *_), _ = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker())
-    assert not any(
-        torch.equal(p, q) for p, q in zip(before.backbone.parameters(), after.backbone.parameters())
-    )
-
-
-def test_noise_is_added_before_training(world, monkeypatch):
-    backbone = world[2].backbone
+def test_filters_are_rescaled_before_training(world, monkeypatch):
+    """Each to the standard deviation of a new one; one of zeros stays, and so does BatchNorm."""
+    backbone = copy.deepcopy(world[2].backbone)
+    with torch.no_grad():
+        backbone.blocks[2].conv2.weight[3] = 0
+        backbone.blocks[1].conv1.weight.mul_(1e-4)
     (plain, *_), _ = attacked(monkeypatch, backbone, world[0], dtl.Attacker())
-    (noisy, *_), _ = attacked(monkeypatch, backbone, world[0], dtl.Attacker(noise=0.2))
+    (rescaled, *_), _ = attacked(monkeypatch, backbone, world[0], dtl.Attacker(rescaled=True))
     assert same_weights(plain.backbone, backbone)
-    a, b = (m.blocks[2].conv2.weight.detach() for m in (backbone, noisy.backbone))
-    assert (b - a).std() / a.std() == pytest.approx(0.2, rel=0.05)
-    assert torch.equal(noisy.backbone.stem[1].weight, backbone.stem[1].weight)  # BatchNorm's own stay
+    for old, new in zip(backbone.parameters(), rescaled.backbone.parameters()):
+        if old.dim() == 4:
+            spread, live = new.std((1, 2, 3)), old.std((1, 2, 3)) > 0
+            assert torch.allclose(spread[live], torch.tensor((2 / old[0].numel()) ** 0.5), rtol=1e-4)
+            assert torch.equal(new[~live], old[~live])
+            assert torch.allclose(F.cosine_similarity(old.flatten(1), new.flatten(1))[live], torch.ones(1))
+        else:
+            assert torch.equal(old, new)
+
+
+def test_a_gentle_attack_mixes_images_and_their_labels_alike(world, monkeypatch):
+    """Each image with the one at the other end of the batch, and the loss in the same proportion."""
+    task, inputs, seen = world[0], [], spy(monkeypatch, "batch", everything)
+    model = copy.deepcopy(world[2])
+    model.head = dtl.new_head(64, 5, 1, CPU)
+    model.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().clone()))
+    losses = []
+    original = torch.lerp
+    monkeypatch.setattr(torch, "lerp", lambda *a: losses.append(a) or original(*a))
+    plan = dtl.Schedule(1, 0.05, 8, "none", gentle=True)
+    dtl.fit(model, task, plan, 7, dtl.Progress())
+    x, y = dtl.batch(task, 8, 0, 7, "none", torch.Generator())
+    (other, own, share_of_own), (mixed,) = losses[0], inputs
+    assert seen and torch.allclose(
+        mixed, share_of_own[:, None, None, None] * x + (1 - share_of_own)[:, None, None, None] * x.flip(0)
+    )
+    assert 0 < share_of_own.min() < 0.5 < share_of_own.max() < 1
+    fresh = copy.deepcopy(world[2])
+    fresh.head = dtl.new_head(64, 5, 1, CPU)
+    logits = fresh.train()(mixed)
+    for found, labels in ((own, y), (other, y.flip(0))):
+        p = F.one_hot(labels, 5) * 0.9 + 0.1 / 5
+        assert torch.allclose(found, -(p * logits.log_softmax(1)).sum(1), atol=1e-5)
+
+
+def test_a_gentle_attacks_learning_rate_falls_towards_the_input(world):
+    """In one step with plain SGD's momentum at rest, each weight moves by its share of the rate."""
+    rates = []
+    original = torch.optim.SGD.step
+
+    def step(optimizer, *args, **kwargs):
+        rates.append([group["lr"] for group in optimizer.param_groups for _ in group["params"]])
+        return original(optimizer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", step)
+        for gentle in (True, False):
+            model = copy.deepcopy(world[2])
+            dtl.fit(model, world[1], dtl.Schedule(1, 0.05, 8, gentle=gentle), 7, dtl.Progress())
+    falling, flat = rates
+    peak = dtl.Schedule(1, 0.05, 8).lr_at(0)
+    assert falling == sorted(falling) and falling[-1] == flat[0] == peak and len({*flat}) == 1
+    assert falling[0] == pytest.approx(peak / len(falling))
+
+
+@pytest.mark.parametrize("decay", [5e-4, 0.25])
+def test_weight_decay_is_the_schedules(world, decay):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.optim.SGD.__init__
+        patch.setattr(torch.optim.SGD, "__init__", lambda self, *a, **k: seen.append(k) or original(self, *a, **k))
+        plan = dtl.Schedule(1, 0.05, 8, weight_decay=decay)
+        dtl.fit(copy.deepcopy(world[2]), world[1], plan, 7, dtl.Progress())
+    assert seen[0]["weight_decay"] == decay
+
+
+def test_ridge_reads_what_a_frozen_backbone_knows(learned, monkeypatch):
+    """Nothing is trained; what separates the classes is found; and running statistics that would ruin it do
+    not: they are those of the attacker's images."""
+    source, _, pretrained, _ = learned
+    ruined = copy.deepcopy(pretrained.backbone)
+    for norm in (m for m in ruined.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean += 1e4
+    before = tensors(ruined)
+    right, _ = attacked(monkeypatch, ruined, source, dtl.Attacker(ridge=True))[1]
+    assert right.double().mean() > 0.9 and same(before, tensors(ruined))
+    shuffled = replace(source, y=source.y[torch.randperm(len(source.y))])
+    assert dtl.ridge_regression(copy.deepcopy(ruined), shuffled).double().mean() < 0.75
+
+
+def test_every_layer_is_read(world):
+    x = torch.randn(3, 3, 16, 16)
+    found = world[2].backbone.eval().every_layer(x)
+    assert found.shape == (3, 4 * (16 + 16 + 32 + 64))
+    last = found[:, -4 * 64 :].reshape(3, 64, 4).mean(2)
+    assert torch.allclose(last, world[2].backbone(x), atol=1e-5)
 
 
 def test_the_head_of_an_attack_is_new_by_seed_and_the_same_for_every_model(world, monkeypatch):
@@ -687,11 +814,11 @@ def test_mean_cosine_is_that_of_the_first_step(world, monkeypatch):
     """Of chunk gradients of the attacker's first batch, through the victim's backbone and the attacker's new
     head."""
     x, y = dtl.batch(world[0], 8, 0, 7, "none", torch.Generator())
-    (before, *_), result = attacked(
+    (before, *_), (_, cosine) = attacked(
         monkeypatch, world[2].backbone, world[0], dtl.Attacker(), plan=dtl.Schedule(2, 0.05, 8, "none")
     )
     expected = dtl.chunk_statistics(before.train(), x, y)
-    assert result["mean_cosine"] == pytest.approx(expected["mean_cosine"], abs=1e-6)
+    assert cosine == pytest.approx(expected["mean_cosine"], abs=1e-6)
 
 
 def test_chunk_statistics_are_those_of_the_chunks(world):
@@ -725,13 +852,12 @@ def test_the_published_attackers():
     assert (
         dtl.ATTACKERS["fixed"] == dtl.Attacker() and set(dtl.SMALL) < set(names) and dtl.SMALL[0] == "fixed"
     )
-    assert dtl.ATTACKERS["few"].per_class == dtl.ATTACKERS["few-long"].per_class == 10
-    assert {dtl.ATTACKERS[name].times for name in ("long", "adamw", "noise", "few-long")} == {4}
-    assert (
-        dtl.ATTACKERS["longer"].times == 20
-        and dtl.ATTACKERS["head"].head_only
-        and dtl.ATTACKERS["noise"].noise > 0
+    assert len(names) == 10 and len(dtl.SMALL) == 5
+    assert {n: a.times for n, a in dtl.ATTACKERS.items() if a.times != 5} == dict(
+        fixed=1, longer=20, gentle=20, ridge=0
     )
+    assert {n for n, a in dtl.ATTACKERS.items() if a.gentle or a.rescaled or a.ridge} == {"gentle", "rescaled", "ridge"}
+    assert {n: a.per_class for n, a in dtl.ATTACKERS.items() if a.per_class} == dict(few=10)
     assert dtl.ATTACKERS["adamw"].optimizer == "adamw"
     rates = [dtl.ATTACKERS[name].lr for name in ("low", "long", "high")]
     assert sorted(set(rates)) == rates
@@ -856,7 +982,7 @@ def attack_passed(monkeypatch, run, attacker, attacker_seed=0, task="downstream"
             dtl,
             "piggyback",
             lambda backbone, task, how, plan, seed, progress: (
-                seen.append((backbone, task, how, plan, seed)) or {"value": 0.5, "mean_cosine": 0.0}
+                seen.append((backbone, task, how, plan, seed)) or (torch.arange(4) % 2 == 0, 0.0)
             ),
         )
         record = run.measure(model, "pl_accuracy", task, attacker, attacker_seed)
@@ -871,7 +997,7 @@ def test_every_attacker_gets_what_its_fields_say(monkeypatch, new_run, attacker)
     run, how = new_run(attack_steps=3, batch_size=6, augment="crop"), dtl.ATTACKERS[attacker]
     backbone, task, passed_on, plan, _ = attack_passed(monkeypatch, run, attacker)
     assert passed_on is how and task is run.task("downstream") and backbone is run.model("random").backbone
-    assert plan == dtl.Schedule(3 * how.times, how.lr, 6, "crop", optimizer=how.optimizer)
+    assert plan == dtl.Schedule(3 * how.times, how.lr, 6, "crop", optimizer=how.optimizer, gentle=how.gentle)
 
 
 def test_attack_seeds(monkeypatch, new_run):
@@ -897,7 +1023,7 @@ def test_attack_seeds(monkeypatch, new_run):
 def test_accuracies_are_measured_through_the_models_own_head(monkeypatch, new_run):
     """The pretrained model's on the source task, the others' on the target task."""
     run = new_run(pretrain_steps=1, transfer_steps=1)
-    seen = spy(monkeypatch, "accuracy", lambda model, task: (model, task))
+    seen = spy(monkeypatch, "hits", lambda model, task: (model, task))
     run.measure("pretrained", "source_accuracy")
     run.measure("transferred", "target_accuracy")
     (first, source), (second, target) = seen
