@@ -437,7 +437,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar": {},
     "cifar-cpu": dict(
         image_size=16, network="resnet8-wide", batch_size=64, pretrain_steps=12000, transfer_steps=1000,
-        dispose_steps=1000, chunks=2, fresh_steps=3000, attack_steps=200),
+        dispose_steps=1000, chunks=2, chunk_size=16, fresh_steps=3000, attack_steps=200),
     "own": dict(
         source="", target="", downstream="", oracle_per_class=0, network="resnet8", augment="none",
         batch_size=64, pretrain_steps=0, transfer_steps=0, transfer_lr=0.05, dispose_steps=0, fresh_steps=0,
@@ -603,7 +603,8 @@ def fetch(address: str, sha256: str, archive: Path) -> None:
         click.echo(f"downloading {address} to {archive}", err=True)
         socket.setdefaulttimeout(60)
         try:
-            torch.hub.download_url_to_file(address, str(archive), progress=sys.stderr.isatty())
+            shown = bool(sys.stderr) and sys.stderr.isatty()
+            torch.hub.download_url_to_file(address, str(archive), progress=shown)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise DTLError(f"cannot download {address} ({error}); try again, or put its unpacked folder into "
                            f"{archive.parent}") from None
@@ -1215,7 +1216,7 @@ class Progress:
 
     def __init__(self, out: Path | None = None, device: str | torch.device = "cpu", quiet: bool = True):
         self.out, self.device, self.quiet = out, torch.device(device), quiet
-        self.terminal, self.began = sys.stderr.isatty() and not quiet, time.monotonic()
+        self.terminal, self.began = not quiet and bool(sys.stderr) and sys.stderr.isatty(), time.monotonic()
         self.costs: list[float] = []  # of the stages to come, in plain steps, about
         self.number, self.done, self.cost, self.printed = 0, 0.0, 0.0, self.began
         self.begin("stage")
@@ -1453,8 +1454,8 @@ class Rows:
         gap, *drawn = 100 * (top - zero)
         least = max(3.0, 2 * np.std(drawn))
         return "" if gap >= least and min(drawn) > 0 else (
-            f"no leak on {task}: transferred is {gap:.1f} points above oracle, where {least:.1f}, and some in "
-            "every bootstrap drawing, are needed: more source data, a longer stage 1 or more seeds may help")
+            f"no leak on {task}: transferred is {gap:.1f} points above oracle, where {least:.1f}, and some "
+            "in every bootstrap drawing, are needed: more source data, a longer stage 1 or more seeds may help")
 
 
 def cell(found: Interval | None, style: str = ".1f", scale: float = 100, interval: bool = True) -> str:
@@ -1668,7 +1669,7 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
         "images. Paired: PL of one model minus that of another on the same seeds and images. "
         f"Worst: the strongest on each model of {len(attackers)} attackers ({', '.join(attackers)}).", "",
         *tables(rows), *in_words(rows), "", f"`{about[0]}`, {', '.join(about[1:])}.", ""])
-    write_atomically(out / "report.md", text.encode())
+    write_atomically(out / "report.md", text.encode(errors="backslashreplace"))
     picture(out / "report.png", rows)
     progress.say(f"\n{text}\nwrote {out / 'report.md'}, {results.path}")
 

@@ -1,0 +1,102 @@
+"""More than one process on one folder, and streams and paths that are not as usual."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start(command, **how):
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) | how
+    return subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **how)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, arguments, root, records):
+    """What one process measures, and the command line that goes on with it in another folder."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    command = lambda out, **given: [root / "dtl.py", *arguments("all", out, seeds="0,1", **given)]  # noqa: E731
+    subprocess.run([sys.executable, *command(out)], env=ENVIRONMENT, check=True, capture_output=True)
+    return records(out), command
+
+
+def test_two_ranks_measure_what_one_process_does(one, records, tmp_path):
+    """To the bit, each number once, and one of them prints."""
+    expected, command = one
+    run = start([*TORCHRUN, *command(tmp_path)])
+    said = run.communicate(timeout=120)[0].decode()
+    assert run.returncode == 0, said
+    assert records(tmp_path) == expected
+    assert said.count("wrote ") == 1 and (tmp_path / "report.md").exists()
+
+
+def ranks_of(run):
+    """The worker processes that torchrun started."""
+    listed = subprocess.run(["ps", "--ppid", str(run.pid), "-o", "pid="], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(one, records, tmp_path):
+    expected, command = one
+    run = start([*TORCHRUN, *command(tmp_path)])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("checkpoints/*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(ranks_of(run)[-1], signal.SIGKILL)
+    said = run.communicate(timeout=120)[0].decode()
+    assert run.returncode, said
+    assert not (tmp_path / "report.md").exists()
+    again = start([*TORCHRUN, *command(tmp_path)])
+    said = again.communicate(timeout=120)[0].decode()
+    assert again.returncode == 0, said
+    assert records(tmp_path) == expected
+
+
+def test_a_failing_rank_says_which_and_in_what_stage(one, tmp_path):
+    _, command = one
+    run = start([*TORCHRUN, *command(tmp_path, methods=["gc"], pretrain_lr=1000)])
+    said = run.communicate(timeout=120)[0].decode()
+    told = [line for line in said.splitlines() if line.startswith("Error: rank ")]
+    assert run.returncode and told and all("pretrained: step" in line for line in told), said
+
+
+def test_two_runs_in_one_folder_do_no_harm(one, records, tmp_path):
+    """At the same time: some numbers may be measured twice, and are the same."""
+    expected, command = one
+    runs = [start([sys.executable, *command(tmp_path)]) for _ in range(2)]
+    for run in runs:
+        said = run.communicate(timeout=120)[0].decode()
+        assert run.returncode == 0 and "warning" not in said, said
+    found = records(tmp_path)
+    assert [r for k, r in enumerate(found) if r not in found[:k]] == expected
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.part.pt"))
+
+
+@pytest.mark.parametrize(("redirection", "code"), [
+    (">/dev/full", 1), ("2>/dev/full >/dev/null", 0), ("2>&- >/dev/null", 0), (">&-", 0), ("| head -1", 0),
+], ids=["full stdout", "full stderr", "no stderr", "no stdout", "closed pipe"])  # fmt: skip
+def test_streams_that_take_nothing(arguments, root, tmp_path, redirection, code):
+    """One line and a non-zero code where what is printed is lost; no half-written measurement."""
+    command = arguments("pretrain", tmp_path)
+    line = " ".join(f"'{part}'" for part in [sys.executable, root / "dtl.py", *command])
+    run = start(["sh", "-c", f"{line} {redirection}"])
+    said = run.communicate(timeout=60)[0].decode()
+    assert run.returncode == code and "Traceback" not in said, said
+    assert said.count("Error:") == (redirection in (">/dev/full", "| head -1")), said
+    for results in tmp_path.glob("results.jsonl"):
+        assert results.read_bytes().endswith(b"\n")
+
+
+def test_a_folder_whose_name_is_no_text(arguments, root, tmp_path):
+    out = os.fsencode(tmp_path) + b"/\xff\xfe"
+    command = [sys.executable, root / "dtl.py", *arguments("all", "OUT", methods=["uniform"])]
+    run = start([out if part == "OUT" else part for part in command])
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 0, said
+    assert b"uniform" in open(out + b"/report.md", "rb").read()
