@@ -1455,7 +1455,7 @@ class Rows:
         least = max(3.0, 2 * np.std(drawn))
         return "" if gap >= least and min(drawn) > 0 else (
             f"no leak on {task}: transferred is {gap:.1f} points above oracle, where {least:.1f}, and some "
-            "in every bootstrap drawing, are needed: more source data, a longer stage 1 or more seeds may help")
+            "in every drawing of the bootstrap, are needed; more source data, steps or seeds may help")
 
 
 def cell(found: Interval | None, style: str = ".1f", scale: float = 100, interval: bool = True) -> str:
@@ -1499,16 +1499,17 @@ def tables(rows: Rows) -> list[str]:
 
 def in_words(rows: Rows) -> list[str]:
     """What was seen, with its numbers."""
-    lines = list(dict.fromkeys(filter(None, map(rows.why_no_leak, PIGGYBACK_TASKS))))
+    lines = [w for why in dict.fromkeys(map(rows.why_no_leak, PIGGYBACK_TASKS)) if why for w in (why, "")]
     for m in (m for m in ("disposed:gc", "disposed:gc-fresh") if m in rows.models):
         target, change = cell(rows.get("target", m)), cell(rows.get("change", m), "+.1f")
         name = m.removeprefix("disposed:")
-        lines += ["", f"In words: {name} keeps {target}% on the target task ({change} points)."]
+        lines.append(f"In words: {name} keeps {target}% on the target task ({change} points).")
         for task, data in zip(PIGGYBACK_TASKS, ("source data", "new data")):
             pl, top, zero = (cell(rows.get("pl", x, task, "worst")) for x in (m, "transferred", "oracle"))
             leak = cell(rows.get("leak", m, task, "worst"), ".2f", 1)
             lines[-1] += (f" On {data} an attacker reaches {pl}%, {top}% without disposal, {zero}% had the "
                           "source never been seen" + f": a leak of {leak}" * (leak != "-") + ".")
+        lines.append("")
     return lines
 
 
@@ -1668,7 +1669,7 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
         "Cosine: of the attacker's chunk gradients at step 0. In brackets: 95% bootstrap over seeds and test "
         "images. Paired: PL of one model minus that of another on the same seeds and images. "
         f"Worst: the strongest on each model of {len(attackers)} attackers ({', '.join(attackers)}).", "",
-        *tables(rows), *in_words(rows), "", f"`{about[0]}`, {', '.join(about[1:])}.", ""])
+        *tables(rows), *in_words(rows), f"`{about[0]}`, {', '.join(about[1:])}.", ""])
     write_atomically(out / "report.md", text.encode(errors="backslashreplace"))
     picture(out / "report.png", rows)
     progress.say(f"\n{text}\nwrote {out / 'report.md'}, {results.path}")
