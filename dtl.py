@@ -847,7 +847,7 @@ def train(model: nn.Module, step_loss: Callable, schedule: Schedule, seed: int, 
             for k, row in enumerate(values):
                 if not all(map(math.isfinite, row)):
                     at, seen = step + 1 - len(terms) + k, show(dict(zip(terms[0], row)))
-                    raise DTLError(f"{progress.name}: step {at} of {schedule.steps}: not finite: {seen}; a "
+                    raise DTLError(f"step {at} of {schedule.steps}: not finite: {seen}; a "
                                    "smaller weight or learning rate may help")
             means = {name: sum(column) / len(column) for name, column in zip(terms[0], zip(*values))}
             progress.fetched(step + 1, schedule.steps, means | inspect(step),
@@ -1653,6 +1653,9 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{progress.name} was at step {progress.step} of {progress.steps}, saved up "
                                 f"to step {progress.saved_step}") from None
+    except (DTLError, OSError, torch.OutOfMemoryError) as error:
+        hint = "a smaller --batch-size may do: " * isinstance(error, torch.OutOfMemoryError)
+        raise DTLError(f"{progress.name}: {hint}{error}") from None
     if RANK > 0 or not attacks:
         return
     if WORLD > 1:
@@ -1684,8 +1687,7 @@ def terse(command: Callable) -> Callable:
         try:
             command(*args, **kwargs)
         except (DTLError, OSError, torch.OutOfMemoryError) as error:
-            hint = "a smaller --batch-size may do: " * isinstance(error, torch.OutOfMemoryError)
-            raise click.ClickException(rank + hint + " ".join(str(error).split())[:600]) from None
+            raise click.ClickException(rank + " ".join(str(error).split())[:600]) from None
         except KeyboardInterrupt as interrupt:
             click.echo(f"\n{rank}interrupted: {interrupt or 'between stages'}; finished stages are saved, "
                        "the same command goes on from there", err=True)
