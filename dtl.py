@@ -1623,7 +1623,8 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
         wanted |= {"transferred", "pretrained"} if wanted & {*methods} else set()
         wanted |= {"pretrained"} if "transferred" in wanted else set()
         for m in (m for m in ["pretrained", *models] if m in wanted and not r.path(m).exists()):
-            layers[2 if m in methods else m == "transferred"].append((r.recipe(m)[1], r.model, m))
+            layer = 2 if m in (*methods, "oracle") else m == "transferred"  # nothing but attacks needs oracle
+            layers[layer].append((r.recipe(m)[1], r.model, m))
     for k, layer in enumerate(layers):  # the longest first, each to the rank that has least to do
         shares: list[list] = [[] for _ in range(WORLD)]
         for item in sorted(layer, key=lambda item: -item[0]) if WORLD > 1 else layer:

@@ -1,0 +1,144 @@
+"""What only a GPU can show: `python -m pytest -m gpu`. Without one all of it is skipped."""
+
+import json
+import re
+
+import pytest
+import torch
+from test_gc_loss import SIMILARITIES, distance, gradient, problem, streamed
+
+import dtl
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture
+def no_waiting():
+    """no_waiting(on): whether an operation that waits for the GPU is an error. PyTorch sees most of them."""
+    yield lambda on: torch.cuda.set_sync_debug_mode("error" if on else "default")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------ the loss ------------------------------------------
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_both_forms_give_the_cpu_values_and_never_wait(similarity, no_waiting):
+    losses, params = problem(3, 2)
+    value, grads = streamed(losses, params, similarity)
+    losses, on_gpu = problem(3, 2, device="cuda")
+    streamed(losses, on_gpu, similarity)  # libraries initialise themselves
+    no_waiting(True)
+    value_gpu, grads_gpu = streamed(losses, on_gpu, similarity)
+    first = dtl.gradient_collision_loss([f() for f in losses], on_gpu, similarity=similarity)
+    grads_first = gradient(first, on_gpu)
+    no_waiting(False)
+    for seen, seen_grads in ((value_gpu, grads_gpu), (first, grads_first)):
+        assert seen.item() == pytest.approx(value.item(), rel=1e-9)
+        assert distance([g.cpu() for g in seen_grads], grads) <= 1e-9
+
+
+def test_both_calls_of_a_chunk_see_one_dropout_mask():
+    losses, params = problem(4, 1, dropout=0.5, device="cuda")
+    torch.cuda.manual_seed(7)
+    reference = dtl.gradient_collision_loss([f() for f in losses], params)
+    after = torch.cuda.get_rng_state()
+    torch.cuda.manual_seed(7)
+    value, grads = streamed(losses, params, "dot")
+    assert torch.equal(torch.cuda.get_rng_state(), after)
+    assert value.item() == pytest.approx(reference.item(), rel=1e-12)
+    assert distance(grads, gradient(reference, params)) <= 1e-12
+
+
+def test_statistics_are_torchs_and_those_of_the_cpu(monkeypatch):
+    """The native routine reads the CPU's memory: what lies on the GPU never reaches it."""
+    chunks = [[torch.randn(30, 7), torch.randn(5)] for _ in range(3)]
+    expected = dtl.gradient_stats(chunks, backend="torch")
+    on_gpu = [[g.cuda() for g in chunk] for chunk in chunks]
+    found = dtl.gradient_stats(on_gpu)
+    assert found.backend == "torch" and torch.allclose(found.gram, expected.gram, rtol=1e-6)
+    if dtl.native_routine()[0]:
+        with pytest.raises(ValueError, match="the CPU"):
+            dtl.gradient_stats(on_gpu, backend="native")
+
+
+# ---------------------------------------- the pipeline ----------------------------------------
+
+
+class Unwaiting(dtl.Progress):
+    """From a stage's second step to its third nothing may wait for the GPU."""
+
+    def at(self, step, steps):
+        super().at(step, steps)
+        torch.cuda.set_sync_debug_mode("error" if step == 1 else "default")
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+@pytest.mark.parametrize("method", dtl.METHODS)
+def test_a_step_never_waits(new_run, no_waiting, monkeypatch, precision, method):
+    class Progress(Unwaiting):
+        def __init__(self, out):
+            super().__init__(out, "cuda")
+
+    run = new_run(progress=Progress, precision=precision)
+    scrubbed = run.model(f"disposed:{method}")
+    assert scrubbed.mixed == (precision == "auto")
+    assert all(p.is_cuda and p.dtype == torch.float32 and p.isfinite().all() for p in scrubbed.parameters())
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_all_runs_and_goes_on(arguments, dtl_command, trained, tmp_path, precision):
+    command = arguments("all", tmp_path, methods=dtl.METHODS, gpu=0, attackers="full", precision=precision)
+    result = dtl_command(*command)
+    assert result.code == 0 and "CUDA" in result.output, result.output
+    report, made = (tmp_path / "report.md").read_bytes(), trained(tmp_path)
+    assert not re.search(rb"\bnan\b|\binf\b", report) and len(made) > len(dtl.METHODS)
+    next(tmp_path.glob("checkpoints/disposed-gc-seed0-*.pt")).unlink()
+    results = tmp_path / "results.jsonl"
+    lines = results.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["model"] != "disposed:gc"]
+    results.write_text("".join(kept))
+    assert dtl_command(*command).code == 0
+    assert {name.split()[2] for name in trained(tmp_path)[len(made) :]} == {"disposed:gc"}
+
+
+def test_a_stage_goes_on_from_its_step(new_run, monkeypatch):
+    """On optimiser state that was loaded onto the GPU."""
+    monkeypatch.setattr(dtl, "SAVE_EVERY", 0)
+    monkeypatch.setattr(dtl, "FETCH", 1)
+    steps = []
+
+    class Stopped(dtl.Progress):
+        def __init__(self, out):
+            super().__init__(out, "cuda")
+
+        def at(self, step, steps_in_all):
+            super().at(step, steps_in_all)
+            steps.append(step)
+            if len(steps) == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        new_run(progress=Stopped).model("pretrained")
+    model = new_run(progress=Stopped).model("pretrained")
+    assert steps == [0, 1, 2, 3, 4, 4, 5] and all(p.isfinite().all() for p in model.parameters())
+
+
+def one_line(result):
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert result.code == 1 and "Traceback" not in result.output, result.output
+    return line
+
+
+def test_a_gpu_that_is_not_there_is_one_line(arguments, dtl_command, tmp_path):
+    assert "--gpu 99" in one_line(dtl_command(*arguments("pretrain", tmp_path, gpu=99)))
+
+
+def test_out_of_memory_is_one_line(arguments, dtl_command, tmp_path):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-5)
+    try:
+        line = one_line(dtl_command(*arguments("pretrain", tmp_path, gpu=0, image_size=16, batch_size=24)))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory" in line
