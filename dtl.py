@@ -51,6 +51,7 @@ import hashlib
 import http.client
 import io
 import json
+import pickle
 import platform
 import re
 import shutil
@@ -1181,10 +1182,13 @@ def load(path: Path, key: str, device: torch.device) -> dict | None:
         return None
     data, reason = path.read_bytes(), "its checksum does not match"
     if hashlib.sha256(data[:-64]).hexdigest().encode() == data[-64:]:
-        state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-        if state["key"] == key:
-            return state
-        reason = "it is another stage's"
+        try:
+            state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+            if state["key"] == key:
+                return state
+            reason = "it is another stage's"
+        except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError) as error:
+            reason = f"it holds no model: {type(error).__name__}"
     click.echo(f"warning: checkpoint {path} is damaged ({reason}); making it anew", err=True)
     return None
 

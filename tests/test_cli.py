@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import json
 import os
 import re
@@ -463,3 +464,27 @@ def test_the_file_alone_runs_on_a_bare_machine(root, tmp_path):
     found = sorted(p.name for p in (alone / "runs").iterdir())
     assert found == ["checkpoints", "log.jsonl", "report.md", "results.jsonl"]
     assert {p.name for p in alone.iterdir()} <= {"dtl.py", "runs", "__pycache__"}
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_of_progress_fits_a_terminal_and_is_cleared_before_another(terminal, monkeypatch, capsys):
+    """80 columns; where there is no terminal, whole lines among the others."""
+    monkeypatch.setattr("sys.stderr", stream := Stream(terminal))
+    progress = dtl.Progress(quiet=False)
+    progress.costs = [10.0, 30.0]
+    progress.begin("seed 0 disposed:gradient-norm-fresh pl_accuracy source-subset rescaled", 10.0)
+    progress.began, progress.printed = progress.began - 60, float("-inf")
+    progress.at(5, 10)
+    progress.say("told")
+    line = "stage 1 of 2, about 7 min left: seed 0 disposed:gradient-norm-fresh pl_accuracy source-subset rescaled"
+    out, err = capsys.readouterr().out, stream.getvalue()
+    if terminal:
+        assert out == "told\n" and err == f"\r{line[:78]}\033[K\r\033[K"
+    else:
+        assert out == f"{line}, step 5 of 10\ntold\n" and not err

@@ -453,12 +453,14 @@ def test_what_is_saved_is_loaded(tmp_path, capsys):
     assert capsys.readouterr().err.count("warning:") == 1
 
 
-def test_checkpoint_with_code_in_it_does_not_run_it(tmp_path, capsys):
+@pytest.mark.parametrize("save", [lambda *saved: torch.save({"key": saved[1], **saved[2]}, saved[0]), dtl.save],
+                         ids=["no checksum", "the right checksum"])  # fmt: skip
+def test_checkpoint_with_code_in_it_does_not_run_it(tmp_path, capsys, save):
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
 
-    torch.save({"key": "key", "state": Evil()}, tmp_path / "x.pt")
+    save(tmp_path / "x.pt", "key", {"state": Evil()})
     assert dtl.load(tmp_path / "x.pt", "key", CPU) is None and not (tmp_path / "ran").exists()
     assert f"{tmp_path / 'x.pt'} is damaged" in capsys.readouterr().err
 
