@@ -793,6 +793,28 @@ def test_ridge_reads_what_a_frozen_backbone_knows(learned, monkeypatch):
     assert dtl.ridge_regression(copy.deepcopy(ruined), shuffled).double().mean() < 0.75
 
 
+@pytest.mark.parametrize("network, sides, weights", [  # stem and blocks; ResNet-18 as published, without head
+    ("resnet8", [16, 16, 8, 4], 77392), ("resnet8-wide", [16, 16, 8, 4], 307360),
+    ("resnet18", [16, 16, 16, 8, 8, 4, 4, 2, 2], 11168832),
+])  # fmt: skip
+def test_networks_are_residual_and_halve_the_image_at_each_stage(network, sides, weights):
+    backbone = dtl.new_backbone(network, 3, CPU).eval()
+    assert sum(p.numel() for p in backbone.parameters()) == weights
+    x, seen = torch.randn(2, 3, 16, 16), []
+    for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+    maps = backbone.stem(x)
+    assert torch.equal(maps, F.relu(backbone.stem[1](backbone.stem[0](x))))
+    for block in backbone.blocks:
+        seen.append(maps.shape[-1])
+        inner = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(maps)))))
+        maps, before = block(maps), maps
+        assert torch.equal(maps, F.relu(inner + block.shortcut(before)))
+        assert isinstance(block.shortcut, nn.Identity) == (before.shape == maps.shape)
+    assert [*seen, maps.shape[-1]] == sides
+    assert torch.equal(backbone(x), maps.mean((2, 3))) and backbone(x).shape == (2, backbone.features)
+
+
 def test_every_layer_is_read(world):
     x = torch.randn(3, 3, 16, 16)
     found = world[2].backbone.eval().every_layer(x)
