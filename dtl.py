@@ -1760,4 +1760,10 @@ def data_command(data_dir: Path) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    main(prog_name="dtl.py")
+    try:
+        main(prog_name="dtl.py")
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # told of already: Python need not try once more, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
