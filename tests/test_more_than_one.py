@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]  # a machine's own name may not resolve
 
 
 STARTED = []
