@@ -325,6 +325,19 @@ def test_disposal_leaves_its_arguments_alone_and_is_reproducible(world, method):
     assert not first.training and all(p.requires_grad for p in world[2].parameters())
 
 
+def test_a_fresh_backbone_is_by_seed(world):
+    source, target, transferred, head = world
+    made = [
+        dtl.dispose(
+            transferred, head, source, target, dtl.METHODS["distill-fresh"], schedule(1, 0.0), seed, dtl.Progress(),
+            network="resnet8", weight=1.0, chunks=2, chunk_size=8,
+        )
+        for seed in (1, 2)
+    ]  # fmt: skip
+    for name in ("backbone.stem.0.weight", "head.weight"):
+        assert not torch.equal(*(model.get_parameter(name) for model in made))
+
+
 @pytest.mark.parametrize("method", dtl.METHODS)
 def test_batchnorm_statistics_come_from_target_images_alone(world, method, monkeypatch):
     """The running statistics are those of a model that sees each target batch once, source images or not."""
@@ -796,6 +809,26 @@ def test_ridge_reads_what_a_frozen_backbone_knows(learned, monkeypatch):
     assert right.double().mean() > 0.9 and same(before, tensors(ruined))
     shuffled = replace(source, y=source.y[torch.randperm(len(source.y))])
     assert dtl.ridge_regression(copy.deepcopy(ruined), shuffled).double().mean() < 0.75
+
+
+def test_ridge_regression_is_that_of_its_best_penalty(world):
+    """By a least-squares solver, on features standardised by the attacker's images."""
+    task, backbone = world[0], copy.deepcopy(world[2].backbone)
+    for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = None  # of one batch: its own statistics
+        norm.reset_running_stats()
+    with torch.no_grad():
+        backbone.train()(dtl.normalise(task.x))
+        known, seen = (backbone.eval().every_layer(dtl.normalise(x)).double() for x in (task.x, task.x_test))
+    seen, known = ((x - known.mean(0)) / (known.std(0) + 1e-6) for x in (seen, known))
+    y, answers = F.one_hot(task.y, 5).double(), []
+    for penalty in (0.01, 0.1, 1.0, 10.0):
+        shrink = (penalty * len(known)) ** 0.5 * torch.eye(known.shape[1], dtype=torch.float64)
+        system, wanted = torch.cat([known, shrink]), torch.cat([y - y.mean(0), torch.zeros(len(shrink), 5)])
+        answers.append((seen @ torch.linalg.lstsq(system, wanted).solution + y.mean(0)).argmax(1))
+    assert len({tuple(a.tolist()) for a in answers}) == 4
+    for answer in answers:  # were this one right about every image, it would be the best
+        assert dtl.ridge_regression(copy.deepcopy(world[2].backbone), replace(task, y_test=answer)).all()
 
 
 @pytest.mark.parametrize("network, sides, weights", [  # stem and blocks; ResNet-18 as published, without head
