@@ -605,8 +605,7 @@ def fetch(address: str, sha256: str, archive: Path) -> None:
         click.echo(f"downloading {address} to {archive}", err=True)
         socket.setdefaulttimeout(60)
         try:
-            shown = bool(sys.stderr) and sys.stderr.isatty()
-            torch.hub.download_url_to_file(address, str(archive), progress=shown)
+            torch.hub.download_url_to_file(address, str(archive), progress=on_terminal())
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise DTLError(f"cannot download {address} ({error}); try again, or put its unpacked folder into "
                            f"{archive.parent}") from None
@@ -1216,12 +1215,17 @@ class Results(dict):
         self[record["key"]] = record
 
 
+def on_terminal() -> bool:
+    """Whether somebody watches stderr; it is None where it was closed."""
+    return bool(sys.stderr) and sys.stderr.isatty()
+
+
 class Progress:
     """Where a run is: on a terminal a line that is drawn over, else one every 20 seconds; the log; saves."""
 
     def __init__(self, out: Path | None = None, device: str | torch.device = "cpu", quiet: bool = True):
         self.out, self.device, self.quiet = out, torch.device(device), quiet
-        self.terminal, self.began = not quiet and bool(sys.stderr) and sys.stderr.isatty(), time.monotonic()
+        self.terminal, self.began = not quiet and on_terminal(), time.monotonic()
         self.costs: list[float] = []  # of the stages to come, in plain steps, about
         self.number, self.done, self.cost, self.printed = 0, 0.0, 0.0, self.began
         self.begin("stage")
@@ -1503,8 +1507,8 @@ def tables(rows: Rows) -> list[str]:
 
 
 def in_words(rows: Rows) -> list[str]:
-    """What was seen, with its numbers."""
-    lines = [w for why in dict.fromkeys(map(rows.why_no_leak, PIGGYBACK_TASKS)) if why for w in (why, "")]
+    """What was seen, with its numbers: a paragraph each."""
+    lines = list(dict.fromkeys(filter(None, map(rows.why_no_leak, PIGGYBACK_TASKS))))
     for m in (m for m in ("disposed:gc", "disposed:gc-fresh") if m in rows.models):
         target, change = cell(rows.get("target", m)), cell(rows.get("change", m), "+.1f")
         name = m.removeprefix("disposed:")
@@ -1514,7 +1518,6 @@ def in_words(rows: Rows) -> list[str]:
             leak = cell(rows.get("leak", m, task, "worst"), ".2f", 1)
             lines[-1] += (f" On {data} an attacker reaches {pl}%, {top}% without disposal, {zero}% had the "
                           "source never been seen" + f": a leak of {leak}" * (leak != "-") + ".")
-        lines.append("")
     return lines
 
 
@@ -1628,8 +1631,8 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
         wanted |= {"transferred", "pretrained"} if wanted & {*methods} else set()
         wanted |= {"pretrained"} if "transferred" in wanted else set()
         for m in (m for m in ["pretrained", *models] if m in wanted and not r.path(m).exists()):
-            layer = 2 if m in (*methods, "oracle") else m == "transferred"  # nothing but attacks needs oracle
-            layers[layer].append((r.recipe(m)[1], r.model, m))
+            k = 2 if m in (*methods, "oracle") else m == "transferred"  # nothing but attacks needs oracle
+            layers[k].append((r.recipe(m)[1], r.model, m))
     for k, layer in enumerate(layers):  # the longest first, each to the rank that has least to do
         shares: list[list] = [[] for _ in range(WORLD)]
         for item in sorted(layer, key=lambda item: -item[0]) if WORLD > 1 else layer:
@@ -1678,7 +1681,7 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
         "Cosine: of the attacker's chunk gradients at step 0. In brackets: 95% bootstrap over seeds and test "
         "images. Paired: PL of one model minus that of another on the same seeds and images. "
         f"Worst: the strongest on each model of {len(attackers)} attackers ({', '.join(attackers)}).", "",
-        *tables(rows), *in_words(rows), f"`{about[0]}`, {', '.join(about[1:])}.", ""])
+        *tables(rows), "\n\n".join([*in_words(rows), f"`{about[0]}`, {', '.join(about[1:])}."]), ""])
     write_atomically(out / "report.md", text.encode(errors="backslashreplace"))
     picture(out / "report.png", rows)
     progress.say(f"\n{text}\nwrote {out / 'report.md'}, {results.path}")

@@ -1,11 +1,14 @@
 """What only a GPU can show: `python -m pytest -m gpu`. Without one all of it is skipped."""
 
+import functools
 import json
 import re
 
 import pytest
 import torch
+from test_cli import assert_one_error
 from test_gc_loss import SIMILARITIES, distance, gradient, problem, streamed
+from test_resume import Watched
 
 import dtl
 
@@ -75,12 +78,8 @@ class Unwaiting(dtl.Progress):
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 @pytest.mark.parametrize("method", dtl.METHODS)
-def test_a_step_never_waits(new_run, no_waiting, monkeypatch, precision, method):
-    class Progress(Unwaiting):
-        def __init__(self, out):
-            super().__init__(out, "cuda")
-
-    run = new_run(progress=Progress, precision=precision)
+def test_a_step_never_waits(new_run, no_waiting, precision, method):
+    run = new_run(progress=functools.partial(Unwaiting, device="cuda"), precision=precision)
     scrubbed = run.model(f"disposed:{method}")
     assert scrubbed.mixed == (precision == "auto")
     assert all(p.is_cuda and p.dtype == torch.float32 and p.isfinite().all() for p in scrubbed.parameters())
@@ -106,39 +105,28 @@ def test_a_stage_goes_on_from_its_step(new_run, monkeypatch):
     """On optimiser state that was loaded onto the GPU."""
     monkeypatch.setattr(dtl, "SAVE_EVERY", 0)
     monkeypatch.setattr(dtl, "FETCH", 1)
-    steps = []
-
-    class Stopped(dtl.Progress):
-        def __init__(self, out):
-            super().__init__(out, "cuda")
-
-        def at(self, step, steps_in_all):
-            super().at(step, steps_in_all)
-            steps.append(step)
-            if len(steps) == 5:
-                raise KeyboardInterrupt
-
+    monkeypatch.setattr(Watched, "log", log := [])
+    monkeypatch.setattr(Watched, "stop", 4)
+    watched = functools.partial(Watched, device="cuda")
     with pytest.raises(KeyboardInterrupt):
-        new_run(progress=Stopped).model("pretrained")
-    model = new_run(progress=Stopped).model("pretrained")
-    assert steps == [0, 1, 2, 3, 4, 4, 5] and all(p.isfinite().all() for p in model.parameters())
-
-
-def one_line(result):
-    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
-    assert result.code == 1 and "Traceback" not in result.output, result.output
-    return line
+        new_run(progress=watched).model("pretrained")
+    monkeypatch.setattr(Watched, "stop", None)
+    model = new_run(progress=watched).model("pretrained")
+    assert [step for _, step in log] == [0, 1, 2, 3, 4, 4, 5] and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_gpu_that_is_not_there_is_one_line(arguments, dtl_command, tmp_path):
-    assert "--gpu 99" in one_line(dtl_command(*arguments("pretrain", tmp_path, gpu=99)))
+    result = dtl_command(*arguments("pretrain", tmp_path, gpu=99))
+    assert_one_error(result, "--gpu 99")
+    assert result.code == 1
 
 
 def test_out_of_memory_is_one_line(arguments, dtl_command, tmp_path):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-5)
     try:
-        line = one_line(dtl_command(*arguments("pretrain", tmp_path, gpu=0, image_size=16, batch_size=24)))
+        result = dtl_command(*arguments("pretrain", tmp_path, gpu=0, image_size=16, batch_size=24))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "out of memory" in line
+    assert_one_error(result, "out of memory")
+    assert result.code == 1

@@ -48,12 +48,12 @@ def schedule(steps=3, lr=0.02, **more):
     return dtl.Schedule(steps, lr, batch_size=8, **more)
 
 
-def dispose(world, method, steps=3, lr=0.02, **options):
+def dispose(world, method, steps=3, lr=0.02, seed=7, **options):
     source, target, transferred, head = world
     options = dict(network="resnet8", weight=1.0, chunks=2, chunk_size=8) | options
     method = dtl.METHODS[method] if isinstance(method, str) else method
     return dtl.dispose(
-        transferred, head, source, target, method, schedule(steps, lr), 7, dtl.Progress(), **options
+        transferred, head, source, target, method, schedule(steps, lr), seed, dtl.Progress(), **options
     )
 
 
@@ -326,14 +326,7 @@ def test_disposal_leaves_its_arguments_alone_and_is_reproducible(world, method):
 
 
 def test_a_fresh_backbone_is_by_seed(world):
-    source, target, transferred, head = world
-    made = [
-        dtl.dispose(
-            transferred, head, source, target, dtl.METHODS["distill-fresh"], schedule(1, 0.0), seed, dtl.Progress(),
-            network="resnet8", weight=1.0, chunks=2, chunk_size=8,
-        )
-        for seed in (1, 2)
-    ]  # fmt: skip
+    made = [dispose(world, "distill-fresh", 1, 0.0, seed) for seed in (1, 2)]
     for name in ("backbone.stem.0.weight", "head.weight"):
         assert not torch.equal(*(model.get_parameter(name) for model in made))
 
