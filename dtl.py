@@ -1339,6 +1339,14 @@ class Run:
             self.model("transferred"), self.model("pretrained").head, task("source"), task("target"), method,
             how, stream(self.seed, STAGE3), progress, network=c.network, weight=weight, **options)
 
+    def seconds_a_step(self) -> float:
+        """What a plain step takes on this machine."""
+        how = self.schedule(10, 0.0)
+        for _ in range(2):  # the first steps are slower
+            began = time.monotonic()
+            pretrain(self.task("source"), self.config.network, how, 0, Progress(device=self.device))
+        return (time.monotonic() - began) / how.steps
+
     @functools.cache
     def key(self, *names: Any) -> str:
         """The digest of everything configured up to a model, or to a number."""
@@ -1646,7 +1654,7 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
              f"preset {preset}, config {config.digest()}, seeds {seeds}",
              f"revision {git_revision()}, Python {platform.python_version()}, torch {torch.__version__}, "
              f"numpy {np.__version__}, {machine}"]
-    for line in (*about, f"native routine: {native_routine()[1]}; {len(progress.costs)} stages to come",
+    for line in (*about, f"native routine: {native_routine()[1]}",
                  *(f"  {name:<17} {value}" for name, value in asdict(config).items()),
                  *(f"  {name:<17} {len(t.y)} training, {len(t.y_test)} {config.split} images, {t.classes} "
                    f"classes, {t.x.shape[2]}x{t.x.shape[3]}" for name, t in runs[0].tasks.items())):
@@ -1654,6 +1662,9 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
     if RANK == 0:
         append(out / "log.jsonl", dict(about=about, settings=asdict(config)))
     try:
+        progress.begin("timing a step")
+        minutes = sum(progress.costs) * runs[0].seconds_a_step() / 60 if progress.costs else 0
+        progress.say(f"{len(progress.costs)} stages to come, about {minutes:.0f} min")
         for layer in layers:
             for _, work, *which in layer:
                 work(*which)

@@ -142,6 +142,8 @@ def test_what_is_in_the_way_of_a_file_is_named(arguments, dtl_command, tmp_path)
 
 def test_pretraining_that_diverges_stops(arguments, dtl_command, tmp_path, monkeypatch):
     monkeypatch.setattr(dtl, "normalise", lambda images: images.float() * torch.nan)
+    assert_one_error(dtl_command(*arguments("pretrain", tmp_path)), "timing a step: step 0", "finite", "loss nan")
+    monkeypatch.setattr(dtl.Run, "seconds_a_step", lambda run: 0.0)
     result = dtl_command(*arguments("pretrain", tmp_path))
     assert_one_error(result, "pretrained: step 0 of 6", "finite", "loss nan")
     assert not list(tmp_path.glob("checkpoints/*")) and not (tmp_path / "results.jsonl").exists()
@@ -167,6 +169,7 @@ def test_an_attack_that_diverges_stops_and_is_named(arguments, dtl_command, tmp_
     """It is not reported as a weak one."""
     out = shutil.copytree(finished.out, tmp_path / "out")
     monkeypatch.setattr(dtl, "augmented", lambda *a: torch.full((8, 3, 8, 8), torch.nan))
+    monkeypatch.setattr(dtl.Run, "seconds_a_step", lambda run: 0.0)
     monkeypatch.setitem(dtl.ATTACKERS, "few", dtl.Attacker(lr=0.07))
     result = dtl_command(*arguments("all", out, attackers="few"))
     assert_one_error(result, "scratch", "few", "step 0 of 1", "finite")
@@ -263,6 +266,8 @@ def test_log_and_header(finished, tiny):
         "revision ",
     ):
         assert text in header, text
+    stages, minutes = re.search(r"\n(\d+) stages to come, about (\d+) min\n", header).groups()
+    assert int(stages) == len({row["stage"] for row in log if row.get("steps")}) and int(minutes) < 5
     stages = {row["stage"]: row for row in log if "stage" in row}
     assert {"step", "steps", "seconds", "loss", "gradient"} <= stages["seed 0 pretrained"].keys()
     assert {"retain", "forget", "mean_cosine", "collision_rate"} <= stages["seed 0 disposed:gc"].keys()
