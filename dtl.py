@@ -617,15 +617,15 @@ def fetch(address: str, sha256: str, archive: Path) -> None:
 def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """`shapes`: eight contours (class % 8) in four textures (class // 8: filled, striped, grey outlines,
     chequers); position, angle, size, colours, clutter and noise vary. x (32 * per_class, 3, 16, 16) uint8 and
-    y int64."""
+    y int64. Drawn in float64: in float32 some pixels would differ from one kind of CPU to another."""
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(32), per_class)
     n, size = len(y), 16
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
-        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+        return rng.uniform(low, high, (n, *shape))
 
-    along = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1)[None]  # (1, 16)
+    along = ((np.arange(size) + 0.5) * (2 / size) - 1)[None]  # (1, 16)
     down = along.T
     angle, radius, shift = uniform(0, 2 * np.pi, 1, 1), uniform(0.55, 0.85, 1, 1), uniform(-0.2, 0.2, 2, 1, 1)
     dx, dy = (along - shift[:, 0]) / radius, (down - shift[:, 1]) / radius
@@ -646,7 +646,7 @@ def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         lambda f, u, v: np.maximum(f, -f - 0.35),  # outline
         lambda f, u, v: np.maximum(f, np.sin(7 * u) * np.sin(7 * v)),  # chequers
     ]
-    mask = np.empty((n, size, size), np.float32)
+    mask = np.empty((n, size, size))
     for c in range(32):
         a, b = u[y == c], v[y == c]
         mask[y == c] = textures[c // 8](contours[c % 8](a, b, np.hypot(a, b), np.arctan2(b, a)), a, b)
@@ -661,7 +661,7 @@ def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         cx, cy, cr = uniform(-1, 1, 1, 1, 1), uniform(-1, 1, 1, 1, 1), uniform(0.1, 0.3, 1, 1, 1)
         x = np.where(np.hypot(along - cx, down - cy) < cr, uniform(0, 1, 3, 1, 1), x)
     x = x * (1 - mask) + paint * mask
-    x = np.where(sketch, x.mean(1, keepdims=True), x) + rng.normal(0, 0.08, x.shape).astype(np.float32)
+    x = np.where(sketch, x.mean(1, keepdims=True), x) + rng.normal(0, 0.08, x.shape)
     return (np.clip(x, 0, 1) * 255).astype(np.uint8), y
 
 
@@ -1529,6 +1529,28 @@ def in_words(rows: Rows) -> list[str]:
     return lines
 
 
+def report(out: Path, config: Config, about: Sequence[str], records: Sequence[dict],
+           models: Sequence[str]) -> str:
+    """Writes OUT/report.md, whose text it returns, and OUT/report.png. about: the command and what ran it."""
+    source = np.mean([r["value"] for r in records if r["metric"] == "source_accuracy"])
+    rows = Rows(records, models)
+    text = "\n".join([
+        f"Source `{config.source}`, target `{config.target}`, piggyback `source-subset` (the source @"
+        f"{config.subset_per_class}) and `downstream` (`{config.downstream}`); {config.network}; "
+        f"{config.split} images; seeds {','.join(map(str, dict.fromkeys(r['seed'] for r in records)))}; "
+        f"accuracy after stage 1 {100 * source:.1f}%.", "",
+        "PL: accuracy that an attacker reaches, and points above `oracle`, which never saw the source; lower "
+        "is better. Leak: 0 as `oracle`, 1 as `transferred`; below 0 is hard to train, not more forgotten. "
+        "Cosine: of the attacker's chunk gradients at step 0. In brackets: 95% bootstrap over seeds and test "
+        "images. Paired: PL of one model minus that of another on the same seeds and images. "
+        f"Worst: the strongest on each model of {len(rows.attackers)} attackers "
+        f"({', '.join(rows.attackers)}).", "",
+        *tables(rows), "\n\n".join([*in_words(rows), f"`{about[0]}`, {', '.join(about[1:])}."]), ""])
+    write_atomically(out / "report.md", text.encode(errors="backslashreplace"))
+    picture(out / "report.png", rows)
+    return text
+
+
 def picture(path: Path, rows: Rows) -> None:
     """Target accuracy kept, and what the attacker gets, a line a model. Nothing without matplotlib."""
     try:
@@ -1598,6 +1620,32 @@ def names_in(option: str, text: str, known: Sequence[str], **sets: Sequence[str]
     return names
 
 
+def work_to_do(runs: Sequence[Run], models: Sequence[str], attacks: Sequence[tuple]) -> tuple[list, list]:
+    """What is missing, in layers, each in need of those before (references, `transferred`, disposals,
+    numbers), as (about how many plain steps, Run.model or Run.measure, what); and all that is to be reported,
+    as (Run, what to measure)."""
+    layers: list[list] = [[], [], [], []]
+    numbers = []
+    for r in runs:
+        wanted = set() if attacks else {"pretrained", *models}  # models; with attacks, those not yet measured
+        for m in ["pretrained", *(m for m in models if m != "oracle" or r.has_oracle)]:
+            of_model = [(m, "source_accuracy" if m == "pretrained" else "target_accuracy")] * (m != "random")
+            of_model += [(m, "pl_accuracy", *attack) for attack in attacks if m != "pretrained"]
+            for which in of_model:
+                record, _, schedule = r.number(*which)
+                if record["key"] not in r.results:
+                    layers[3].append((schedule.steps if schedule else 0, r.measure, *which))
+                    wanted.add(m)
+            numbers += [(r, *which) for which in of_model]
+        disposed = [m for m in models if m.startswith("disposed:")]
+        wanted |= {"transferred", "pretrained"} if wanted & {*disposed} else set()
+        wanted |= {"pretrained"} if "transferred" in wanted else set()
+        for m in (m for m in ["pretrained", *models] if m in wanted and not r.path(m).exists()):
+            k = 2 if m in (*disposed, "oracle") else m == "transferred"  # nothing but attacks needs oracle
+            layers[k].append((r.recipe(m)[1], r.model, m))
+    return layers, numbers
+
+
 def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, attackers: str,
         attacker_seeds: int, out: Path, data_dir: Path, **given: Any) -> None:
     """What every command does: make the models it needs, layer by layer, measure them, report. Under torchrun
@@ -1623,24 +1671,7 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
     attacks = attacks if stage in ("piggyback", "all", "audit") else []
     models = {"pretrain": [], "transfer": ["transferred"], "dispose": ["transferred", *methods],
               "piggyback": ["transferred", *methods]}.get(stage, [*REFERENCES, *methods])
-    layers: list[list] = [[], [], [], []]  # each in need of those before: (about how many plain steps, work)
-    numbers = []
-    for r in runs:
-        wanted = set() if attacks else {"pretrained", *models}  # models; with attacks, those not yet measured
-        for m in ["pretrained", *(m for m in models if m != "oracle" or r.has_oracle)]:
-            of_model = [(m, "source_accuracy" if m == "pretrained" else "target_accuracy")] * (m != "random")
-            of_model += [(m, "pl_accuracy", *attack) for attack in attacks if m != "pretrained"]
-            for which in of_model:
-                record, _, schedule = r.number(*which)
-                if record["key"] not in results:
-                    layers[3].append((schedule.steps if schedule else 0, r.measure, *which))
-                    wanted.add(m)
-            numbers += [(r, *which) for which in of_model]
-        wanted |= {"transferred", "pretrained"} if wanted & {*methods} else set()
-        wanted |= {"pretrained"} if "transferred" in wanted else set()
-        for m in (m for m in ["pretrained", *models] if m in wanted and not r.path(m).exists()):
-            k = 2 if m in (*methods, "oracle") else m == "transferred"  # nothing but attacks needs oracle
-            layers[k].append((r.recipe(m)[1], r.model, m))
+    layers, numbers = work_to_do(runs, models, attacks)
     for k, layer in enumerate(layers):  # the longest first, each to the rank that has least to do
         shares: list[list] = [[] for _ in range(WORLD)]
         for item in sorted(layer, key=lambda item: -item[0]) if WORLD > 1 else layer:
@@ -1680,21 +1711,7 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
         return
     if WORLD > 1:
         results.__init__(out)  # with what other ranks have added
-    records = [r.measure(*which) for r, *which in numbers]
-    source = np.mean([r["value"] for r in records if r["metric"] == "source_accuracy"])
-    rows = Rows(records, [*REFERENCES, *methods])
-    text = "\n".join([
-        f"Source `{config.source}`, target `{config.target}`, piggyback `source-subset` (the source @"
-        f"{config.subset_per_class}) and `downstream` (`{config.downstream}`); {config.network}; "
-        f"{config.split} images; seeds {seeds}; accuracy after stage 1 {100 * source:.1f}%.", "",
-        "PL: accuracy that an attacker reaches, and points above `oracle`, which never saw the source; lower "
-        "is better. Leak: 0 as `oracle`, 1 as `transferred`; below 0 is hard to train, not more forgotten. "
-        "Cosine: of the attacker's chunk gradients at step 0. In brackets: 95% bootstrap over seeds and test "
-        "images. Paired: PL of one model minus that of another on the same seeds and images. "
-        f"Worst: the strongest on each model of {len(attackers)} attackers ({', '.join(attackers)}).", "",
-        *tables(rows), "\n\n".join([*in_words(rows), f"`{about[0]}`, {', '.join(about[1:])}."]), ""])
-    write_atomically(out / "report.md", text.encode(errors="backslashreplace"))
-    picture(out / "report.png", rows)
+    text = report(out, config, about, [r.measure(*which) for r, *which in numbers], [*REFERENCES, *methods])
     progress.say(f"\n{text}\nwrote {out / 'report.md'}, {results.path}")
 
 
