@@ -1274,6 +1274,11 @@ RECIPE = 2  # raised when a change of the code changes what a stage computes: ol
 PIGGYBACK_TASKS, REFERENCES = ("source-subset", "downstream"), ("scratch", "random", "oracle", "transferred")
 
 
+def needs(model: str) -> Sequence[str]:
+    """The models that one is made from, in the order of the stages."""
+    return ("pretrained", "transferred")[: 2 if model.startswith("disposed:") else model == "transferred"]
+
+
 class Run:
     """One seed of one config: every model by its name, every number by its key, made once and kept."""
 
@@ -1363,8 +1368,8 @@ class Run:
         path, (_, cost, make) = self.path(name), self.recipe(name)
         part, state = path.with_suffix(".part.pt"), load(path, self.key(name), self.device)
         if state is None:
-            for needed in ("pretrained", "transferred")[: {"t": 1, "d": 2}.get(name[0], 0)]:
-                self.model(needed)  # where it is missing or damaged: a stage of its own, not within this one
+            for earlier in needs(name):
+                self.model(earlier)  # where it is missing or damaged: a stage of its own, not within this one
             self.progress.begin(f"seed {self.seed} {name}", cost, part, self.key(name))
             made = make()
             state = {"backbone": made.backbone.state_dict(), "head": made.head.state_dict()}
@@ -1637,11 +1642,9 @@ def work_to_do(runs: Sequence[Run], models: Sequence[str], attacks: Sequence[tup
                     layers[3].append((schedule.steps if schedule else 0, r.measure, *which))
                     wanted.add(m)
             numbers += [(r, *which) for which in of_model]
-        disposed = [m for m in models if m.startswith("disposed:")]
-        wanted |= {"transferred", "pretrained"} if wanted & {*disposed} else set()
-        wanted |= {"pretrained"} if "transferred" in wanted else set()
+        wanted |= {earlier for m in wanted for earlier in needs(m)}
         for m in (m for m in ["pretrained", *models] if m in wanted and not r.path(m).exists()):
-            k = 2 if m in (*disposed, "oracle") else m == "transferred"  # nothing but attacks needs oracle
+            k = 2 if m == "oracle" else len(needs(m))  # nothing but attacks needs oracle
             layers[k].append((r.recipe(m)[1], r.model, m))
     return layers, numbers
 

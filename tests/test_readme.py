@@ -124,6 +124,17 @@ def cells(line):
     return [c.strip() for c in line.strip().strip("|").split("|")]
 
 
+def test_the_loss_in_seven_lines_is_the_loss():
+    names = a_project()
+    exec(next(text for text in PYTHON if "def collision" in text), names)
+    params = [*names["backbone"].parameters()]
+    losses = [names["backbone"](x).square().mean() for x in names["source_x"].chunk(4)]
+    short, full = names["collision"](losses, params), names["gradient_collision_loss"](losses, params)
+    assert short.item() == pytest.approx(full.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(short, params, retain_graph=True), torch.autograd.grad(full, params)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind, name", re.findall(r"<!-- (table|text|rows) (\S+) -->", README))
 def test_figures_are_those_a_run_wrote(kind, name):
     """The whole file, or for `rows` some lines of one table in it; leaving out spaces."""
