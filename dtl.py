@@ -114,7 +114,8 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
     return (value * (2 / (len(losses) * (len(losses) - 1)))).to(total.dtype)
 
 
-def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weight=1.0, group=None):
+def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weight=1.0, group=None,
+                                preserve_rng_state=True):
     """The same loss in the memory of one chunk: adds weight * dGC/dparams to each `.grad` and returns GC.
 
         dGC = 2/(n(n-1)) * sum_i (du_i/dparams)^T (S - u_i),      S = sum_i u_i;   S and u_i held constant
@@ -122,8 +123,9 @@ def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weigh
     chunk_losses: n >= 2 callables without arguments, each computing its chunk's loss and all of its graph.
     Each is called twice, the second time under torch's random state of the first, so that dropout masks
     agree; draw from a generator of your own outside: with another draw S - u_i holds the difference of the
-    two, a bias. params are leaves, weight a finite number. Takes about four plain steps; if it raises,
-    `.grad` may hold part of the sum. group: a torch.distributed group over whose ranks the chunks are spread
+    two, a bias. params are leaves; weight is a finite number, or a tensor () that is not looked at. Takes
+    about four plain steps; if it raises, `.grad` may hold part of the sum. preserve_rng_state: False where
+    nothing random is inside, as under CUDA graph capture, which cannot read that state. group: a torch.distributed group over whose ranks the chunks are spread
     (one all_reduce of S). GC is of all chunks then, and the MEAN over ranks of what is added to `.grad` is
     weight * dGC: what DistributedDataParallel takes. Call this before the retain loss's forward and backward
     through the DDP module; after that forward its hooks would reduce GC's gradients early, without a word.
@@ -148,7 +150,8 @@ def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weigh
     chunk_losses, params = _gc_arguments(chunk_losses, params, similarity, 2 if ranks == 1 else 1, weight)
     value, total, random_states, n = 0, 0, [], len(chunk_losses)
     for i, chunk_loss in enumerate(chunk_losses):
-        random_states.append((torch.get_rng_state(), *get_device_states(*params)))
+        if preserve_rng_state:
+            random_states.append((torch.get_rng_state(), *get_device_states(params[0])))
         u = _gc_vector(chunk_loss(), params, similarity, i)
         value, total = value + _gc_inner(u, total), total + u
     if group is not None:  # the pairs of all of S, but those within a rank, which are in `value`
@@ -158,10 +161,12 @@ def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weigh
             torch.distributed.all_reduce(tensor, group=group)
         value, n = numbers[0] + _gc_inner(total, total) / 2, numbers[1]
     scale, device_type = 2 / (n * (n - 1)), params[0].device.type.replace("cpu", "cuda")
-    for i, (chunk_loss, (cpu_state, devices, states)) in enumerate(zip(chunk_losses, random_states)):
-        with torch.random.fork_rng(devices, device_type=device_type):
-            torch.set_rng_state(cpu_state)
-            set_device_states(devices, states, device_type=device_type)
+    for i, chunk_loss in enumerate(chunk_losses):
+        cpu_state, devices, states = random_states[i] if preserve_rng_state else (None, [], [])
+        with torch.random.fork_rng(devices, preserve_rng_state, device_type=device_type):
+            if preserve_rng_state:
+                torch.set_rng_state(cpu_state)
+                set_device_states(devices, states, device_type=device_type)
             u = _gc_vector(chunk_loss(), params, similarity, i, create_graph=True)
         if u.requires_grad:  # it does not where the loss is linear in params
             pull = (total - u.detach()) * (weight * ranks * scale)
@@ -205,8 +210,9 @@ def _gc_arguments(chunks, params, similarity, least, weight=None):
             raise ValueError(f"params[{k}] of shape {tuple(p.shape)} is no leaf: it has no .grad to add to")
     if not params or len(chunks) < least:
         raise ValueError(f"{len(params)} params, {len(chunks)} chunks: gradients collide in pairs, {least}+")
-    if weight is not None and not (isinstance(weight, (int, float)) and math.isfinite(weight)):
-        raise ValueError(f"weight must be a finite number, not {weight!r}")
+    if not (weight is None or isinstance(weight, torch.Tensor) and not weight.dim()
+            or isinstance(weight, (int, float)) and math.isfinite(weight)):
+        raise ValueError(f"weight must be a finite number or a tensor of shape (), not {weight!r}")
     for i, chunk in enumerate(chunks):
         if callable(chunk) != (weight is not None):
             raise ValueError(f"chunk {i} is a {type(chunk).__name__}: gradient_collision_loss takes tensors, "
@@ -665,14 +671,16 @@ def draw_shapes(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return (np.clip(x, 0, 1) * 255).astype(np.uint8), y
 
 
-def batch(task: Task, size: int, step: int, seed: int, augment: str,
-          generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Step `step`'s images, augmented and normalised, (B, 3, H, W) float32, and labels (B,): every epoch in a
-    new order, drawn on the device. B is the same at every step; what an epoch would leave over is not used in
-    it."""
+def batch_index(task: Task, size: int, step: int, seed: int) -> Tensor:
+    """Which images step `step` takes, (B,) int64: every epoch in a new order, drawn on the device. B is the
+    same at every step; what an epoch would leave over is not used in it."""
     size = min(size, len(task.y))
     epoch, k = divmod(step, len(task.y) // size)
-    index = epoch_order(len(task.y), stream(seed, "epoch", epoch), task.y.device)[k * size : (k + 1) * size]
+    return epoch_order(len(task.y), stream(seed, "epoch", epoch), task.y.device)[k * size : (k + 1) * size]
+
+
+def batch(task: Task, index: Tensor, augment: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """These images, augmented and normalised, (B, 3, H, W) float32, and their labels (B,)."""
     return normalise(augmented(task.x[index], augment, generator)), task.y[index]
 
 
@@ -815,12 +823,35 @@ class Schedule:
         return self.lr * (4 * done if done < 0.25 else 0.5 * (1 + math.cos(math.pi * (done - 0.25) / 0.75)))
 
 
-def train(model: nn.Module, step_loss: Callable, schedule: Schedule, seed: int, progress: "Progress",
-          inspect: Callable[[int], dict[str, float]] = lambda step: {}) -> None:
-    """Train what of `model` requires grad. `step_loss(step, generator)` backpropagates and returns its terms
-    by name, tensors () that stay on the device, so that no step waits. The generator is seeded anew by (seed,
-    step): a stage goes on from its step number, parameters and optimiser state alone. `inspect(step)` adds to
-    the log."""
+class Graph:
+    """A function of tensors, which returns one, as a CUDA graph. The first calls run it, while libraries
+    choose their algorithms; then its operations are recorded, and from there on launched as one."""
+
+    def __init__(self, function: Callable[..., Tensor], generator: torch.Generator) -> None:
+        self.function, self.generator, self.calls = function, generator, 0
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= 3:
+            return self.function(*given)
+        if self.calls == 4:
+            self.graph, self.given = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in given]
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.result = self.function(*self.given)
+        for own, new in zip(self.given, given):
+            own.copy_(new)
+        self.graph.replay()
+        return self.result.clone()
+
+
+def train(model: nn.Module, inputs: Callable, step_loss: Callable, schedule: Schedule, seed: int,
+          progress: "Progress", inspect: Callable[[int], dict[str, float]] = lambda step: {}) -> None:
+    """Train what of `model` requires grad. `inputs(step)` gives the tensors that differ from step to step, of
+    one shape each; `step_loss(generator, *inputs)` backpropagates and returns its terms by name, tensors ()
+    that stay on the device: no step waits, and each is the same sequence of operations. The generator is
+    seeded anew by (seed, step): a stage goes on from its step number, parameters and optimiser state alone.
+    `inspect(step)` adds to the log."""
     params, groups = [p for p in model.parameters() if p.requires_grad], []
     for k, p in enumerate(params if schedule.gentle else ()):
         groups.append(dict(params=[p], share=(k + 1) / len(params)))
@@ -828,29 +859,36 @@ def train(model: nn.Module, step_loss: Callable, schedule: Schedule, seed: int, 
     how = dict(lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     adamw = schedule.optimizer == "adamw"
     optimizer = torch.optim.AdamW(groups, **how) if adamw else torch.optim.SGD(groups, **how, **sgd)
-    generator, terms, first = torch.Generator(params[0].device), [], 0
+    generator, terms, names, first = torch.Generator(params[0].device), [], [], 0
     if saved := progress.path and load(progress.path, progress.key, progress.device):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = progress.saved_step = saved["step"]
+
+    def gradients(*given: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        row = step_loss(generator, *given)
+        row["gradient"] = nn.utils.clip_grad_norm_(params, CLIP)
+        names[:] = row
+        return torch.stack([term.detach().float() for term in row.values()])
+
+    gradients = Graph(gradients, generator) if progress.graphs else gradients
     model.train()
     for step in range(first, schedule.steps):
         progress.at(step, schedule.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * schedule.lr_at(step)
-        optimizer.zero_grad()
-        row = step_loss(step, generator.manual_seed(stream(seed, step)))
-        row["gradient"] = nn.utils.clip_grad_norm_(params, CLIP)
-        terms.append({name: term.detach().float() for name, term in row.items()})
+        generator.manual_seed(stream(seed, step))
+        terms.append(gradients(*inputs(step)))
         optimizer.step()
         if (step + 1) % FETCH == 0 or step + 1 == schedule.steps:
-            values = torch.stack([torch.stack([*row.values()]) for row in terms]).tolist()
+            values = torch.stack(terms).tolist()
             for k, row in enumerate(values):
                 if not all(map(math.isfinite, row)):
-                    at, seen = step + 1 - len(terms) + k, show(dict(zip(terms[0], row)))
+                    at, seen = step + 1 - len(terms) + k, show(dict(zip(names, row)))
                     raise DTLError(f"step {at} of {schedule.steps}: not finite: {seen}; a "
                                    "smaller weight or learning rate may help")
-            means = {name: sum(column) / len(column) for name, column in zip(terms[0], zip(*values))}
+            means = {name: sum(column) / len(column) for name, column in zip(names, zip(*values))}
             progress.fetched(step + 1, schedule.steps, means | inspect(step),
                              lambda: dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
             terms = []
@@ -860,8 +898,11 @@ def train(model: nn.Module, step_loss: Callable, schedule: Schedule, seed: int, 
 def fit(model: Model, task: Task, schedule: Schedule, seed: int, progress: "Progress") -> Model:
     """Cross entropy on a task, over all that is not frozen."""
 
-    def step_loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x, y = batch(task, schedule.batch_size, step, seed, schedule.augment, generator)
+    def inputs(step: int) -> tuple[Tensor, ...]:
+        return (batch_index(task, schedule.batch_size, step, seed),)
+
+    def step_loss(generator: torch.Generator, index: Tensor) -> dict[str, Tensor]:
+        x, y = batch(task, index, schedule.augment, generator)
         if schedule.gentle:  # mixup: each image with the one at the other end of the batch
             share = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
             logits = model(share * x + (1 - share) * x.flip(0))
@@ -873,7 +914,7 @@ def fit(model: Model, task: Task, schedule: Schedule, seed: int, progress: "Prog
         loss.backward()
         return {"loss": loss}
 
-    train(model, step_loss, schedule, seed, progress)
+    train(model, inputs, step_loss, schedule, seed, progress)
     return model
 
 
@@ -911,17 +952,21 @@ def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Ta
         new_backbone(network, stream(seed, "student"), device),
         new_head(features, target.classes, stream(seed, "student head"), device), mixed)
 
-    def source_batch(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return batch(source, chunks * chunk_size, step, stream(seed, "source"), schedule.augment, generator)
+    def inputs(step: int) -> tuple[Tensor, ...]:
+        """Which target images, which source images, the weight of the forget loss."""
+        ramp = min(1.0, (step + 1) / (RAMP * schedule.steps)) if method.long else 1.0
+        return (batch_index(target, schedule.batch_size, step, seed),
+                batch_index(source, chunks * chunk_size, step, stream(seed, "source")),
+                torch.full((), weight * ramp, dtype=torch.float64, device=device))
 
-    def step_loss(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x, _ = batch(target, schedule.batch_size, step, seed, schedule.augment, generator)
+    def step_loss(generator: torch.Generator, of_target: Tensor, of_source: Tensor,
+                  now: Tensor) -> dict[str, Tensor]:
+        x, _ = batch(target, of_target, schedule.augment, generator)
         terms = {"retain": distillation(student(x), teacher(x), TEMPERATURE)}
         terms["retain"].backward()
         if not (method.forget or method.distill):
             return terms
-        x, y = source_batch(step, generator)
-        now = weight * (min(1.0, (step + 1) / (RAMP * schedule.steps)) if method.long else 1.0)
+        x, y = batch(source, of_source, schedule.augment, generator)
         with running_statistics_kept(student):
             if method.distill:  # source images as unlabelled ones: more of them than there are target images
                 terms["distill"] = distillation(student(x), teacher(x), TEMPERATURE)
@@ -934,15 +979,15 @@ def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Ta
                 logits = Model(student.backbone, original_head, mixed)(x)
                 before = functools.partial(Model(teacher.backbone, original_head, mixed), x)
                 terms["forget"] = method.forget(logits, y, before, functools.partial(stranger, x), generator)
-                (now * terms["forget"]).backward()
+                (now.float() * terms["forget"]).backward()
         return terms
 
     def inspect(step: int) -> dict[str, float]:
         generator = torch.Generator(device).manual_seed(stream(seed, "inspect", step))
         model = Model(student.backbone, new_head(features, source.classes, generator, device))
-        return chunk_statistics(model, *source_batch(step, generator), chunks)
+        return chunk_statistics(model, *batch(source, inputs(step)[1], schedule.augment, generator), chunks)
 
-    train(student, step_loss, schedule, seed, progress, inspect)
+    train(student, inputs, step_loss, schedule, seed, progress, inspect)
     return student
 
 
@@ -964,7 +1009,8 @@ def piggyback(backbone: ResNet, task: Task, attacker: "Attacker", schedule: Sche
             for filters in (p for p in model.backbone.parameters() if p.dim() == 4):  # (out, in, h, w)
                 size = (2 / filters[0].numel()) ** 0.5 / filters.std((1, 2, 3), keepdim=True)
                 filters.mul_(torch.where(size.isfinite(), size, 1.0))
-    first = batch(data, schedule.batch_size, 0, seed, schedule.augment, generator)
+    index = batch_index(data, schedule.batch_size, 0, seed)
+    first = batch(data, index, schedule.augment, generator)
     cosine = chunk_statistics(model.train(), *first)["mean_cosine"]
     if attacker.ridge:
         return ridge_regression(model.backbone, data), cosine
@@ -1009,16 +1055,17 @@ def chunk_statistics(model: Model, x: Tensor, y: Tensor, chunks: int = 4) -> dic
 
 
 def gradient_collision(backbone: ResNet, head: nn.Linear, x: Tensor, y: Tensor, similarity: str, chunks: int,
-                       weight: float) -> Tensor:
+                       weight: Tensor) -> Tensor:
     """GC over the backbone and the head in use: adds weight * dGC to the backbone's gradients, returns GC."""
     losses = [lambda x=x, y=y: F.cross_entropy(head(backbone(x)), y)
               for x, y in zip(x.tensor_split(chunks), y.tensor_split(chunks))]
     params = [*backbone.parameters(), *head.parameters()]
-    return gradient_collision_backward(losses, params, similarity=similarity, weight=weight)
+    return gradient_collision_backward(losses, params, similarity=similarity, weight=weight,
+                                       preserve_rng_state=False)
 
 
 def gradient_norm(backbone: ResNet, head: nn.Linear, x: Tensor, y: Tensor, similarity: str, chunks: int,
-                  weight: float) -> Tensor:
+                  weight: Tensor) -> Tensor:
     """A penalty on the squared norm of the whole batch's gradient: GC of the batch with itself."""
     return gradient_collision(backbone, head, torch.cat([x, x]), torch.cat([y, y]), "dot", 2, weight)
 
@@ -1221,10 +1268,12 @@ def on_terminal() -> bool:
 
 
 class Progress:
-    """Where a run is: on a terminal a line that is drawn over, else one every 20 seconds; the log; saves."""
+    """How a run goes, and where it is: on a terminal a line that is drawn over, else one every 20 seconds;
+    the log; saves. graphs: on CUDA, steps as graphs."""
 
-    def __init__(self, out: Path | None = None, device: str | torch.device = "cpu", quiet: bool = True):
-        self.out, self.device, self.quiet = out, torch.device(device), quiet
+    def __init__(self, out: Path | None = None, device: str | torch.device = "cpu", quiet: bool = True,
+                 graphs: bool = False):
+        self.out, self.device, self.quiet, self.graphs = out, torch.device(device), quiet, graphs
         self.terminal, self.began = not quiet and on_terminal(), time.monotonic()
         self.costs: list[float] = []  # of the stages to come, in plain steps, about
         self.number, self.done, self.cost, self.printed = 0, 0.0, 0.0, self.began
@@ -1349,7 +1398,8 @@ class Run:
         how = self.schedule(10, 0.0)
         for _ in range(2):  # the first steps are slower
             began = time.monotonic()
-            pretrain(self.task("source"), self.config.network, how, 0, Progress(device=self.device))
+            pretrain(self.task("source"), self.config.network, how, 0,
+                     Progress(device=self.device, graphs=self.progress.graphs))
         return (time.monotonic() - began) / how.steps
 
     @functools.cache
@@ -1613,7 +1663,7 @@ def find_device(gpu: int | None, precision: str) -> torch.device:
     if not 0 <= gpu < count:
         raise DTLError(f"--gpu {gpu}: this PyTorch ({torch.__version__}) sees {count} CUDA devices, "
                        "numbered from 0; without --gpu it runs on the CPU")
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, precision == "auto"
+    torch.backends.cudnn.allow_tf32 = precision == "auto"
     return torch.device("cuda", gpu)
 
 
@@ -1650,7 +1700,7 @@ def work_to_do(runs: Sequence[Run], models: Sequence[str], attacks: Sequence[tup
 
 
 def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, attackers: str,
-        attacker_seeds: int, out: Path, data_dir: Path, **given: Any) -> None:
+        attacker_seeds: int, no_graphs: bool, out: Path, data_dir: Path, **given: Any) -> None:
     """What every command does: make the models it needs, layer by layer, measure them, report. Under torchrun
     every rank takes its share of each layer, and files are how results travel."""
     given = {name: value for name, value in given.items() if value is not None}
@@ -1664,7 +1714,8 @@ def run(stage: str, preset: str, gpu: int | None, seeds: str, methods: str, atta
     methods = [f"disposed:{m}" for m in names_in("--methods", methods, METHODS, all=METHODS, toy=TOY_METHODS)]
     attackers = names_in("--attackers", attackers or ("small" if stage == "audit" else "fixed"), ATTACKERS,
                          small=SMALL, full=ATTACKERS)
-    progress, results = Progress(out, find_device(gpu, config.precision), quiet=RANK > 0), Results(out)
+    graphs, results = gpu is not None and not no_graphs, Results(out)
+    progress = Progress(out, find_device(gpu, config.precision), quiet=RANK > 0, graphs=graphs)
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     runs = [Run(config, int(seed), data_dir, progress, results) for seed in seeds.split(",")]
@@ -1751,6 +1802,7 @@ option, folder = functools.partial(click.Option, metavar=""), click.Path(path_ty
 OPTIONS = [
     option(["--preset"], type=click.Choice(list(PRESETS)), help="demo; cifar with --gpu; own for .npz files"),
     option(["--gpu"], type=int, help="number of the CUDA device; the CPU if left out"),
+    option(["--no-graphs"], is_flag=True, help="with --gpu: every operation launched by itself"),
     option(["--seeds"], default="0", help="as in 0,1,2 [0]"),
     option(["--methods"], help=f"all, toy, or of {','.join(METHODS)}"),
     option(["--attackers"], help=f"small, full, or of {','.join(ATTACKERS)} [fixed]"),

@@ -62,7 +62,7 @@ class Member(nn.Module):
     def learn(self, task, steps):
         most, parameters = min(0.5, steps * 64 / len(task.y) / 80), list(self.train().parameters())
         for k in range(steps):
-            x, y = dtl.batch(task, 64, k, self.seed, "crop,flip", self.generator)
+            x, y = dtl.batch(task, dtl.batch_index(task, 64, k, self.seed), "crop,flip", self.generator)
             target = 0.9 * torch.eye(task.classes)[y] + 0.1 / task.classes
             share = most * torch.rand((), generator=self.generator)  # mixup, more where images come often
             x, target = (v.lerp(v.flip(0), share) for v in (x, target))

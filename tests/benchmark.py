@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""python tests/benchmark.py loss: the GC loss beside a plain SGD step; native: the C routine beside torch.
+"""python tests/benchmark.py loss: the GC loss beside a plain SGD step; native: the C routine beside torch;
+steps: the steps of the stages themselves, on CUDA with and without graphs.
 
 Every ratio comes from one run; what is compared takes turns, so that a busy moment of the machine meets all
 (but torch in float64 and TorchJD, which take much longer and go last). `loss cuda` is on a GPU, `loss cpu
-resnet18` another network. Outputs of earlier revisions: experiments/bench.txt and bench-native.txt.
+resnet18` another network; `steps cuda cifar` is preset `cifar` on a GPU. Outputs of earlier revisions: experiments/bench.txt and bench-native.txt.
 """
 
 import functools
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dtl  # noqa: E402
@@ -101,6 +103,77 @@ def loss(device="cpu", network="resnet8", repeats=7):
               f"{big:>8.0f}{few:>8.0f}{many:>9.0f}{many / few:>8.2f}")
 
 
+class Clock(dtl.Progress):
+    """Milliseconds a step, over the last half of a stage."""
+
+    def at(self, step, steps):
+        if step == steps // 2:
+            self.began = self.now()
+
+    def fetched(self, step, steps, terms, state):
+        if step == steps:
+            self.ms = 1e3 * (self.now() - self.began) / (steps - steps // 2)
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def steps(device="cpu", preset="demo", count=40):
+    """What a step of each stage takes in a preset, on random images: its share of the matrix rate, where the
+    operations of a forward and a backward pass are counted, is of the plain step, stage 1's."""
+    device, config = torch.device(device), dtl.Config(**dtl.PRESETS[preset])
+    size, plain = config.image_size or (16 if preset == "demo" else 32), {}
+    source, target = (dtl.Task(
+        torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, device=device),
+        torch.arange(n, device=device) % classes, torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device), classes, "") for n, classes in ((4096, 80), (512, 10)))
+    options = dict(network=config.network, weight=1e-3, chunks=config.chunks, chunk_size=config.chunk_size)
+    large = options | dict(chunk_size=128)
+    print(f"preset {preset}: {config.network}, {size}x{size}, batches of {config.batch_size}, {config.chunks} chunks of "
+          f"{config.chunk_size}; torch {torch.__version__}, {machine(device)}; mean of {count // 2} steps")
+    print(f"{'ms a step':<34}{'graph':>9}{'/plain':>8}{'launches':>10}{'/plain':>8}")
+    dtl.find_device(device.index or 0 if device.type == "cuda" else None, "auto")
+    dtl.chunk_statistics = lambda *given: {}  # what a stage logs now and then is no part of a step
+    for mixed in (True, False) if device.type == "cuda" else (False,):
+        how = dtl.Schedule(count, 1e-3, config.batch_size, mixed=mixed)
+        model = dtl.Model(dtl.new_backbone(config.network, 0, device),
+                          dtl.new_head(dtl.new_backbone(config.network, 0, device).features, 10, 0, device), mixed)
+        head = dtl.new_head(model.head.in_features, 80, 0, device)
+        dispose = functools.partial(dtl.dispose, model, head, source, target, seed=0)
+        work = {
+            "pretrain": lambda c: dtl.pretrain(source, config.network, how, 0, c),
+            f"pretrain, {4 * 128} images": lambda c: dtl.pretrain(
+                source, config.network, dtl.replace(how, batch_size=512), 0, c)} | {
+            name + more: functools.partial(lambda c, name, options: dispose(
+                dtl.METHODS[name], schedule=how, progress=c, **options), name=name, options=given)
+            for name in ("finetune", "uniform", "distill-fresh", "gc", "gc-fresh", "gradient-norm-fresh")
+            for more, given in (("", options), (", 4 x 128", large)) if not more or name == "gc"}
+        for name, call in work.items():
+            line = f"{name + ', bfloat16' * mixed:<34}"
+            for graphs in (True, False) if device.type == "cuda" else (False,):
+                call(clock := Clock(device=device, graphs=graphs))
+                plain.setdefault((mixed, graphs), clock.ms)
+                line += f"{clock.ms:9.2f}{clock.ms / plain[mixed, graphs]:8.2f} "
+            print(line, flush=True)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(torch.randn(config.batch_size, 3, size, size, device=device)),
+                        torch.zeros(config.batch_size, dtype=torch.int64, device=device)).backward()
+    operations = counter.get_total_flops()
+    a, b = (torch.randn(8192 if device.type == "cuda" else 1024, 8192 if device.type == "cuda" else 1024,
+                        device=device).bfloat16() for _ in range(2))
+    clock, began = Clock(device=device), None
+    for k in range(13):
+        began = clock.now() if k == 3 else began
+        a @ b
+    rate = 10 * 2 * len(a) ** 3 / (clock.now() - began)
+    for (mixed, graphs), ms in plain.items():
+        print(f"plain step, {'bfloat16' if mixed else 'float32'}, {'graph' if graphs else 'launches'}: "
+              f"{1e3 * config.batch_size / ms:,.0f} images a second, {operations / 1e9:.0f} GFLOP a step, "
+              f"{operations / ms / 1e9:.1f} TFLOP/s; bfloat16 product {rate / 1e12:.1f} TFLOP/s")
+
+
 def native(repeats=7):
     """Median milliseconds of a Gram matrix of n gradients as large as ResNet-18's, in float32.
 
@@ -142,6 +215,8 @@ def native(repeats=7):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (["loss"], ["native"]) or len(sys.argv) > (4 if sys.argv[1] == "loss" else 2):
-        sys.exit("python tests/benchmark.py loss [cpu | cuda [resnet8 | resnet18]], or: ... native")
-    {"loss": loss, "native": native}[sys.argv[1]](*sys.argv[2:])
+    known = {"loss": loss, "native": native, "steps": steps}
+    if not set(sys.argv[1:2]) & {*known} or len(sys.argv) > (2 if sys.argv[1] == "native" else 4):
+        sys.exit("python tests/benchmark.py loss [cpu | cuda [resnet8 | resnet18]], or: ... steps "
+                 f"[cpu | cuda [{' | '.join(dtl.PRESETS)}]], or: ... native")
+    known[sys.argv[1]](*sys.argv[2:])

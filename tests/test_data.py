@@ -519,7 +519,7 @@ def numbered(count, classes=7):
 
 def drawn(task, size, step, seed=0, augment="none"):
     """The numbers of the images of a step, after checking that their labels go with them."""
-    x, y = dtl.batch(task, size, step, seed, augment, torch.Generator().manual_seed(step))
+    x, y = dtl.batch(task, dtl.batch_index(task, size, step, seed), augment, torch.Generator().manual_seed(step))
     assert x.dtype == torch.float32 and y.dtype == torch.int64
     found = (x * 63.75 + 127.5).round().long().amax((1, 2, 3))
     assert (found % task.classes == y).all()
@@ -558,7 +558,7 @@ def test_training_batches_are_augmented_as_asked_for(monkeypatch):
         dtl, "augmented", lambda x, how, g: (seen.append((len(x), how, g)), augmented(x, how, g))[1]
     )
     task, generator = numbered(9), torch.Generator()
-    x, _ = dtl.batch(task, 9, 0, 0, "crop,flip", generator)
+    x, _ = dtl.batch(task, dtl.batch_index(task, 9, 0, 0), "crop,flip", generator)
     assert seen == [(9, "crop,flip", generator)]
     assert (x == dtl.normalise(torch.tensor(0, dtype=torch.uint8))).flatten(1).any(
         1

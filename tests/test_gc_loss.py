@@ -386,10 +386,22 @@ def test_bad_similarity_is_told_and_options_have_names():
             call([good, good], [P], "cos")
 
 
-@pytest.mark.parametrize("weight", (math.nan, math.inf, -math.inf, torch.tensor(2.0), "2", [1.0]))
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_weight_may_be_a_tensor_and_nothing_random_inside_be_said(similarity):
+    """As a step that a CUDA graph records needs it: the same gradients, to the bit."""
+    losses, params = problem(3, 5)
+    value, expected = streamed(losses, params, similarity, 0.3)
+    state = torch.get_rng_state()
+    weight = torch.tensor(0.3, dtype=torch.float64)
+    other, grads = streamed(losses, params, similarity, weight, preserve_rng_state=False)
+    assert torch.equal(value, other) and all(map(torch.equal, grads, expected))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("weight", (math.nan, math.inf, -math.inf, torch.ones(1), "2", [1.0]))
 def test_bad_weight_is_told(weight):
     before, P.grad = P.grad, None
-    with pytest.raises(ValueError, match="weight must be a finite number, not"):
+    with pytest.raises(ValueError, match="weight must be a finite number or a tensor"):
         dtl.gradient_collision_backward([good, good], [P], weight=weight)
     assert P.grad is None
     P.grad = before

@@ -69,20 +69,39 @@ def test_statistics_are_torchs_and_those_of_the_cpu(monkeypatch):
 
 
 class Unwaiting(dtl.Progress):
-    """From a stage's second step to its third nothing may wait for the GPU."""
+    """A stage's second step, and the one after its graph was recorded, may not wait for the GPU."""
 
     def at(self, step, steps):
         super().at(step, steps)
-        torch.cuda.set_sync_debug_mode("error" if step == 1 else "default")
+        torch.cuda.set_sync_debug_mode("error" if step in (1, 4) else "default")
 
 
+STEPS = dict(pretrain_steps=6, transfer_steps=6, dispose_steps=6, fresh_steps=6)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 @pytest.mark.parametrize("method", dtl.METHODS)
-def test_a_step_never_waits(new_run, no_waiting, precision, method):
-    run = new_run(progress=functools.partial(Unwaiting, device="cuda"), precision=precision)
+def test_a_step_never_waits(new_run, no_waiting, precision, method, graphs):
+    run = new_run(progress=functools.partial(Unwaiting, device="cuda", graphs=graphs), precision=precision, **STEPS)
     scrubbed = run.model(f"disposed:{method}")
     assert scrubbed.mixed == (precision == "auto")
     assert all(p.is_cuda and p.dtype == torch.float32 and p.isfinite().all() for p in scrubbed.parameters())
+
+
+@pytest.mark.parametrize("method", dtl.METHODS)
+def test_a_graph_computes_what_the_step_does(new_run, monkeypatch, method):
+    """Another batch, augmentation, head, weight and learning rate at every step, recorded once: the model that
+    comes out is the one that separate launches give, but for rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    found = []
+    for graphs in (False, True):
+        progress = functools.partial(dtl.Progress, device="cuda", graphs=graphs)
+        run = new_run(progress=progress, precision="float32", **STEPS | dict(dispose_steps=12, fresh_steps=12))
+        start = run.model("transferred")  # made once: what differs is disposal alone
+        found.append([*run.model(name := f"disposed:{method}").parameters()])
+        run.path(name).unlink()
+    assert distance(found[1], found[0]) < 0.03 * distance(found[0], [*start.parameters()])
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32"])

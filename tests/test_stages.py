@@ -177,12 +177,12 @@ def loop(optimizer, steps, losses, lr=0.1, **more):
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, -2.0, 3.0]]))
 
-    def step_loss(step, generator):
-        loss = losses(model.weight, step)
+    def step_loss(generator, step):
+        loss = losses(model.weight, step.item())
         loss.backward()
         return {"loss": loss}
 
-    dtl.train(model, step_loss, schedule(steps, lr, optimizer=optimizer, **more), 0, dtl.Progress())
+    dtl.train(model, lambda step: (torch.tensor(step),), step_loss, schedule(steps, lr, optimizer=optimizer, **more), 0, dtl.Progress())
     return model.weight.detach()
 
 
@@ -222,12 +222,12 @@ def test_what_is_frozen_stays_and_the_rest_learns():
     model[0].requires_grad_(False)
     before = copy.deepcopy(model)
 
-    def step_loss(step, generator):
+    def step_loss(generator):
         loss = model(torch.ones(2, 3)).sum()
         loss.backward()
         return {"loss": loss}
 
-    dtl.train(model, step_loss, schedule(2), 0, dtl.Progress())
+    dtl.train(model, lambda step: (), step_loss, schedule(2), 0, dtl.Progress())
     assert same_weights(model[0], before[0]) and not same_weights(model[1], before[1]) and not model.training
 
 
@@ -242,30 +242,21 @@ def test_every_step_has_random_numbers_of_its_own_by_seed(world):
     def numbers(seed):
         drawn, model = [], nn.Linear(1, 1)
 
-        def step_loss(step, generator):
+        def step_loss(generator):
             drawn.append(torch.rand((), generator=generator).item())
             (loss := model.weight.sum()).backward()
             return {"loss": loss}
 
-        dtl.train(model, step_loss, schedule(4), seed, dtl.Progress())
+        dtl.train(model, lambda step: (), step_loss, schedule(4), seed, dtl.Progress())
         return drawn
 
     assert numbers(1) == numbers(1) and len(set(numbers(1) + numbers(2))) == 8
 
 
 def test_fit_uses_its_schedule_and_never_sees_test_images(world, monkeypatch):
-    calls = spy(
-        monkeypatch,
-        "batch",
-        lambda task, size, step, seed, augment, generator: (
-            task,
-            size,
-            step,
-            seed,
-            augment,
-            generator.initial_seed(),
-        ),
-    )
+    indices = spy(monkeypatch, "batch_index", lambda *given: given)
+    batches = spy(monkeypatch, "batch", lambda task, index, augment, generator: (
+        task, index.tolist(), augment, generator.initial_seed()))  # fmt: skip
     rates = []
     model, task = copy.deepcopy(world[2]), unseen(world[1])
     step = torch.optim.SGD.step
@@ -276,8 +267,9 @@ def test_fit_uses_its_schedule_and_never_sees_test_images(world, monkeypatch):
     )
     plan = dtl.Schedule(5, 0.03, 6, "crop")
     dtl.fit(model, task, plan, 11, dtl.Progress())
-    assert [call[:5] for call in calls] == [(task, 6, k, 11, "crop") for k in range(5)]
-    assert len({call[5] for call in calls}) == 5
+    assert indices == [(task, 6, k, 11) for k in range(5)]
+    assert [b[:3] for b in batches] == [(task, dtl.batch_index(*i).tolist(), "crop") for i in indices[:5]]
+    assert len({b[3] for b in batches}) == 5
     assert rates == [plan.lr_at(k) for k in range(5)]
 
 
@@ -376,28 +368,27 @@ def test_every_reading_matters(world, option):
 def test_batches_of_a_disposal(world, monkeypatch):
     """Target and source images by the same step number, of different draws, as many as chunks times chunk
     size."""
-    calls = spy(
-        monkeypatch,
-        "batch",
-        lambda task, size, step, seed, augment, generator: (task, size, step, seed, augment),
-    )
+    calls = spy(monkeypatch, "batch_index", lambda *given: given)
+    batches = spy(monkeypatch, "batch", lambda task, index, augment, _: (task, index.tolist(), augment))
     dispose(world, "gc", 3, chunks=2, chunk_size=9)
     of_target = [c for c in calls if c[0] is world[1]]
     of_source = [c for c in calls if c[0] is world[0]]
-    assert [(size, step) for _, size, step, *_ in of_target] == [(8, 0), (8, 1), (8, 2)]
+    assert {(8, 0), (8, 1), (8, 2)} == {(size, step) for _, size, step, *_ in of_target}
     assert {(18, 0), (18, 1), (18, 2)} == {(size, step) for _, size, step, *_ in of_source}
     assert (
         len({c[3] for c in of_target}) == len({c[3] for c in of_source}) == 1
         and of_target[0][3] != of_source[0][3]
     )
-    assert {c[4] for c in calls} == {"crop,flip"}
+    assert {b[2] for b in batches} == {"crop,flip"}
+    trained = [b for b in batches if b[0] is world[1] or len(b[1]) == 18][:6]
+    assert [b[1] for b in trained] == [dtl.batch_index(*c).tolist() for c in calls[:6]]
 
 
 def collisions(monkeypatch):
     """Of every call of the GC loss: chunks, parameters at that time, similarity, weight, and which chunk
     losses touch all of the parameters."""
 
-    def note(chunk_losses, params, *, similarity, weight):
+    def note(chunk_losses, params, *, similarity, weight, preserve_rng_state):
         touched = [
             all(g is not None for g in torch.autograd.grad(chunk(), params, allow_unused=True))
             for chunk in chunk_losses
@@ -406,7 +397,7 @@ def collisions(monkeypatch):
             chunks=len(chunk_losses),
             params=[p.detach().clone() for p in params],
             similarity=similarity,
-            weight=weight,
+            weight=weight.item(),
             touched=touched,
         )
 
@@ -620,7 +611,7 @@ def test_the_published_methods():
 def test_gradient_norm_is_the_squared_norm_of_the_whole_batchs_gradient(world):
     """And adds weight times its gradient, through the backbone and the head in use."""
     backbone, head = (copy.deepcopy(m).double() for m in (world[2].backbone, world[3]))
-    x, y = dtl.batch(world[0], 6, 0, 7, "none", torch.Generator())
+    x, y = dtl.batch(world[0], dtl.batch_index(world[0], 6, 0, 7), "none", torch.Generator())
     params = [*backbone.parameters(), *head.parameters()]
     grads = torch.autograd.grad(F.cross_entropy(head(backbone(x.double())), y), params, create_graph=True)
     norm = sum((g * g).sum() for g in grads)
@@ -701,7 +692,7 @@ def test_an_attacker_trains_on_all_the_data_it_is_given(world, monkeypatch):
     (_, _, data, used, seed), _ = attacked(monkeypatch, world[2].backbone, world[0], dtl.Attacker(), 9, plan)
     assert torch.equal(data.x, world[0].x) and torch.equal(data.y, world[0].y) and used is plan and seed == 9
     monkeypatch.setattr(dtl, "augmented", lambda images, how, generator: images)
-    steps = [dtl.batch(data, 8, k, seed, "none", torch.Generator())[0] for k in range(5)]
+    steps = [dtl.batch(data, dtl.batch_index(data, 8, k, seed), "none", torch.Generator())[0] for k in range(5)]
     assert len({i.numpy().tobytes() for x in steps for i in x}) == 40  # an epoch of 5 steps has all 40 images
 
 
@@ -745,7 +736,7 @@ def test_a_gentle_attack_mixes_images_and_their_labels_alike(world, monkeypatch)
     monkeypatch.setattr(torch, "lerp", lambda *a: losses.append(a) or original(*a))
     plan = dtl.Schedule(1, 0.05, 8, "none", gentle=True)
     dtl.fit(model, task, plan, 7, dtl.Progress())
-    x, y = dtl.batch(task, 8, 0, 7, "none", torch.Generator())
+    x, y = dtl.batch(task, dtl.batch_index(task, 8, 0, 7), "none", torch.Generator())
     (other, own, share_of_own), (mixed,) = losses[0], inputs
     assert seen and torch.allclose(
         mixed, share_of_own[:, None, None, None] * x + (1 - share_of_own)[:, None, None, None] * x.flip(0)
@@ -866,7 +857,7 @@ def test_the_head_of_an_attack_is_new_by_seed_and_the_same_for_every_model(world
 def test_mean_cosine_is_that_of_the_first_step(world, monkeypatch):
     """Of chunk gradients of the attacker's first batch, through the victim's backbone and the attacker's new
     head."""
-    x, y = dtl.batch(world[0], 8, 0, 7, "none", torch.Generator())
+    x, y = dtl.batch(world[0], dtl.batch_index(world[0], 8, 0, 7), "none", torch.Generator())
     (before, *_), (_, cosine) = attacked(
         monkeypatch, world[2].backbone, world[0], dtl.Attacker(), plan=dtl.Schedule(2, 0.05, 8, "none")
     )
@@ -876,7 +867,7 @@ def test_mean_cosine_is_that_of_the_first_step(world, monkeypatch):
 
 def test_chunk_statistics_are_those_of_the_chunks(world):
     model = dtl.Model(world[2].backbone, world[3]).train()
-    x, y = dtl.batch(world[0], 12, 0, 7, "none", torch.Generator())
+    x, y = dtl.batch(world[0], dtl.batch_index(world[0], 12, 0, 7), "none", torch.Generator())
     before = tensors(model)
     found = dtl.chunk_statistics(model, x, y, 3)
     assert same(before, tensors(model))
