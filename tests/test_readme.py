@@ -158,8 +158,9 @@ def test_figures_are_those_a_run_wrote(kind, name):
         if '"digest"' in p.read_text().split("\n")[0]
     ),
 )
-def test_published_tables_come_from_their_results(folder, capsys):
-    """Of what the program as it is now has measured."""
+def test_published_tables_come_from_their_results(folder, capsys, monkeypatch):
+    """Of what the program as it is now has measured, and experiments/sceptic.py."""
+    monkeypatch.setitem(dtl.ATTACKERS, "sceptic", None)
     out = ROOT / "experiments" / folder
     results = dtl.Results(out)
     assert results and not capsys.readouterr().err
@@ -169,6 +170,17 @@ def test_published_tables_come_from_their_results(folder, capsys):
         assert found == [
             line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")
         ]
+
+
+def test_evidence_in_the_docstring_is_the_reports():
+    """Every figure of a model's line is one of its line in the report."""
+    report = (ROOT / "experiments" / "cifar-cpu" / "report.md").read_text()
+    lines = re.findall(r"^    (oracle|transferred|uniform|gc|[a-z]+-fresh) {2,}(.*)", dtl.__doc__, re.M)
+    assert len(lines) == 7
+    for model, figures in lines:
+        known = " ".join(re.findall(rf"^\| {model} .*", report, re.M))
+        for figure in figures.split():
+            assert re.search(rf"(?<![\d.]){re.escape(figure.strip('(,)'))}(?![\d.])", known), (model, figure)
 
 
 def test_dependencies_stand_in_three_places_alike():
