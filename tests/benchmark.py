@@ -141,19 +141,17 @@ def steps(device="cpu", preset="demo", count=40):
         model = dtl.Model(dtl.new_backbone(config.network, 0, device),
                           dtl.new_head(dtl.new_backbone(config.network, 0, device).features, 10, 0, device), mixed)
         head = dtl.new_head(model.head.in_features, 80, 0, device)
-        dispose = functools.partial(dtl.dispose, model, head, source, target, seed=0)
-        work = {
-            "pretrain": lambda c: dtl.pretrain(source, config.network, how, 0, c),
-            f"pretrain, {4 * 128} images": lambda c: dtl.pretrain(
-                source, config.network, dtl.replace(how, batch_size=512), 0, c)} | {
-            name + more: functools.partial(lambda c, name, options: dispose(
-                dtl.METHODS[name], schedule=how, progress=c, **options), name=name, options=given)
-            for name in ("finetune", "uniform", "distill-fresh", "gc", "gc-fresh", "gradient-norm-fresh")
-            for more, given in (("", options), (", 4 x 128", large)) if not more or name == "gc"}
+        pretrain = functools.partial(dtl.pretrain, source, config.network, seed=0)
+        dispose = functools.partial(dtl.dispose, model, head, source, target, schedule=how, seed=0)
+        work = {"pretrain": functools.partial(pretrain, schedule=how),
+                f"pretrain, {4 * 128} images": functools.partial(pretrain, schedule=dtl.replace(how, batch_size=512)),
+                "gc, 4 x 128": functools.partial(dispose, method=dtl.METHODS["gc"], **large)}
+        for name in ("finetune", "uniform", "distill-fresh", "gc", "gc-fresh", "gradient-norm-fresh"):
+            work[name] = functools.partial(dispose, method=dtl.METHODS[name], **options)
         for name, call in work.items():
             line = f"{name + ', bfloat16' * mixed:<34}"
             for graphs in (True, False) if device.type == "cuda" else (False,):
-                call(clock := Clock(device=device, graphs=graphs))
+                call(progress=(clock := Clock(device=device, graphs=graphs)))
                 plain.setdefault((mixed, graphs), clock.ms)
                 line += f"{clock.ms:9.2f}{clock.ms / plain[mixed, graphs]:8.2f} "
             print(line, flush=True)
