@@ -127,12 +127,12 @@ def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weigh
     Each is called twice, the second time under torch's random state of the first, so that dropout masks
     agree; draw from a generator of your own outside: with another draw S - u_i holds the difference of the
     two, a bias. params are leaves; weight is a finite number, or a tensor () that is not looked at. Takes
-    about four plain steps; if it raises, `.grad` may hold part of the sum. preserve_rng_state: False where
-    nothing random is inside, as under CUDA graph capture, which cannot read that state.
-    group: a torch.distributed group over whose ranks the chunks are spread
-    (one all_reduce of S). GC is of all chunks then, and the MEAN over ranks of what is added to `.grad` is
-    weight * dGC: what DistributedDataParallel takes. Call this before the retain loss's forward and backward
-    through the DDP module; after that forward its hooks would reduce GC's gradients early, without a word.
+    about four plain steps; if it raises, `.grad` may hold part of the sum. preserve_rng_state: False leaves
+    the device's random state alone, which cannot be read under CUDA graph capture: then nothing random may
+    be inside. group: a torch.distributed group over whose ranks the chunks are spread (one all_reduce of S).
+    GC is of all chunks then, and the MEAN over ranks of what is added to `.grad` is weight * dGC: what
+    DistributedDataParallel takes. Call this before the retain loss's forward and backward through the DDP
+    module; after that forward its hooks would reduce GC's gradients early, without a word.
 
     Does not work with, and the way out:
       scaled_dot_product_attention    sdpa_kernel(SDPBackend.MATH) around it, or attn_implementation="eager"
@@ -154,8 +154,8 @@ def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weigh
     chunk_losses, params = _gc_arguments(chunk_losses, params, similarity, 2 if ranks == 1 else 1, weight)
     value, total, random_states, n = 0, 0, [], len(chunk_losses)
     for i, chunk_loss in enumerate(chunk_losses):
-        if preserve_rng_state:
-            random_states.append((torch.get_rng_state(), *get_device_states(params[0])))
+        of_device = get_device_states(params[0]) if preserve_rng_state else ([], [])
+        random_states.append((torch.get_rng_state(), *of_device))
         u = _gc_vector(chunk_loss(), params, similarity, i)
         value, total = value + _gc_inner(u, total), total + u
     if group is not None:  # the pairs of all of S, but those within a rank, which are in `value`
@@ -165,12 +165,10 @@ def gradient_collision_backward(chunk_losses, params, *, similarity="dot", weigh
             torch.distributed.all_reduce(tensor, group=group)
         value, n = numbers[0] + _gc_inner(total, total) / 2, numbers[1]
     scale, device_type = 2 / (n * (n - 1)), params[0].device.type.replace("cpu", "cuda")
-    for i, chunk_loss in enumerate(chunk_losses):
-        cpu_state, devices, states = random_states[i] if preserve_rng_state else (None, [], [])
-        with torch.random.fork_rng(devices, preserve_rng_state, device_type=device_type):
-            if preserve_rng_state:
-                torch.set_rng_state(cpu_state)
-                set_device_states(devices, states, device_type=device_type)
+    for i, (chunk_loss, (cpu_state, devices, states)) in enumerate(zip(chunk_losses, random_states)):
+        with torch.random.fork_rng(devices, device_type=device_type):
+            torch.set_rng_state(cpu_state)
+            set_device_states(devices, states, device_type=device_type)
             u = _gc_vector(chunk_loss(), params, similarity, i, create_graph=True)
         if u.requires_grad:  # it does not where the loss is linear in params
             pull = (total - u.detach()) * (weight * ranks * scale)
@@ -956,11 +954,13 @@ def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Ta
         new_backbone(network, stream(seed, "student"), device),
         new_head(features, target.classes, stream(seed, "student head"), device), mixed)
 
+    def source_index(step: int) -> Tensor:
+        return batch_index(source, chunks * chunk_size, step, stream(seed, "source"))
+
     def inputs(step: int) -> tuple[Tensor, ...]:
         """Which target images, which source images, the weight of the forget loss."""
         ramp = min(1.0, (step + 1) / (RAMP * schedule.steps)) if method.long else 1.0
-        return (batch_index(target, schedule.batch_size, step, seed),
-                batch_index(source, chunks * chunk_size, step, stream(seed, "source")),
+        return (batch_index(target, schedule.batch_size, step, seed), source_index(step),
                 torch.full((), weight * ramp, dtype=torch.float64, device=device))
 
     def step_loss(generator: torch.Generator, of_target: Tensor, of_source: Tensor,
@@ -989,7 +989,8 @@ def dispose(transferred: Model, source_head: nn.Linear, source: Task, target: Ta
     def inspect(step: int) -> dict[str, float]:
         generator = torch.Generator(device).manual_seed(stream(seed, "inspect", step))
         model = Model(student.backbone, new_head(features, source.classes, generator, device))
-        return chunk_statistics(model, *batch(source, inputs(step)[1], schedule.augment, generator), chunks)
+        x, y = batch(source, source_index(step), schedule.augment, generator)
+        return chunk_statistics(model, x, y, chunks)
 
     train(student, inputs, step_loss, schedule, seed, progress, inspect)
     return student

@@ -138,9 +138,9 @@ def steps(device="cpu", preset="demo", count=40):
     dtl.chunk_statistics = lambda *given: {}  # what a stage logs now and then is no part of a step
     for mixed in (True, False) if device.type == "cuda" else (False,):
         how = dtl.Schedule(count, 1e-3, config.batch_size, mixed=mixed)
-        model = dtl.Model(dtl.new_backbone(config.network, 0, device),
-                          dtl.new_head(dtl.new_backbone(config.network, 0, device).features, 10, 0, device), mixed)
-        head = dtl.new_head(model.head.in_features, 80, 0, device)
+        backbone = dtl.new_backbone(config.network, 0, device)
+        model, head = dtl.Model(backbone, dtl.new_head(backbone.features, 10, 0, device), mixed), dtl.new_head(
+            backbone.features, 80, 0, device)
         pretrain = functools.partial(dtl.pretrain, source, config.network, seed=0)
         dispose = functools.partial(dtl.dispose, model, head, source, target, schedule=how, seed=0)
         work = {"pretrain": functools.partial(pretrain, schedule=how),
@@ -159,13 +159,13 @@ def steps(device="cpu", preset="demo", count=40):
         F.cross_entropy(model(torch.randn(config.batch_size, 3, size, size, device=device)),
                         torch.zeros(config.batch_size, dtype=torch.int64, device=device)).backward()
     operations = counter.get_total_flops()
-    a, b = (torch.randn(8192 if device.type == "cuda" else 1024, 8192 if device.type == "cuda" else 1024,
-                        device=device).bfloat16() for _ in range(2))
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     clock, began = Clock(device=device), None
     for k in range(13):
         began = clock.now() if k == 3 else began
         a @ b
-    rate = 10 * 2 * len(a) ** 3 / (clock.now() - began)
+    rate = 10 * 2 * side**3 / (clock.now() - began)
     for (mixed, graphs), ms in plain.items():
         print(f"plain step, {'bfloat16' if mixed else 'float32'}, {'graph' if graphs else 'launches'}: "
               f"{1e3 * config.batch_size / ms:,.0f} images a second, {operations / 1e9:.0f} GFLOP a step, "
