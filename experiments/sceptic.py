@@ -7,7 +7,6 @@ on with all of them; their log-probabilities, over both flips, are added up. Fil
 
 import base64
 import itertools
-import json
 import sys
 import time
 from pathlib import Path
@@ -82,23 +81,20 @@ class Member(nn.Module):
 
 @click.command()
 @click.option("--preset", default="cifar-cpu")
-@click.option("--seeds", default="0,1")
+@click.option("--seeds", default="0")
 @click.option("--models", default="oracle,transferred")
 @click.option("--data-dir", type=Path, required=True)
-@click.option("--out", type=Path, default="runs")
-@click.option("--file", type=Path)
+@click.option("--out", type=Path, default="runs", help="of python dtl.py all")
 @click.option("--smoke", is_flag=True)
-def main(preset, seeds, models, data_dir, out, file, smoke):
+def main(preset, seeds, models, data_dir, out, smoke):
     torch.set_num_threads(1)
-    file, config = file or out / f"sceptic{'-smoke' * smoke}.jsonl", dtl.Config(**dtl.PRESETS[preset])
-    made = lambda: [*map(json.loads, file.read_text().splitlines())] if file.exists() else []  # noqa: E731
-    runs = {seed: dtl.Run(config, seed, data_dir, dtl.Progress(), dtl.Results(out))
-            for seed in {*map(int, seeds.split(",")), *(r["seed"] for r in made())}}
-    for s, m, t in itertools.product(map(int, seeds.split(",")), models.split(","), dtl.PIGGYBACK_TASKS):
+    results, config = dtl.Results(out), dtl.Config(**dtl.PRESETS[preset])
+    runs = {int(s): dtl.Run(config, int(s), data_dir, dtl.Progress(), results) for s in seeds.split(",")}
+    for s, m, t in itertools.product(runs, models.split(","), dtl.PIGGYBACK_TASKS):
         path, task, began = runs[s].path(m), runs[s].task(t), time.monotonic()
         if m != "random" and not path.exists():
             raise click.ClickException(f"there is no {path}")
-        if (key := f"sceptic {path.stem} {t}") in [r["key"] for r in made()]:
+        if (key := f"sceptic {path.stem} {t}") in results:
             continue
         held = torch.arange(len(task.y)) % 5 == 4  # a class's images lie together
         part = dtl.Task(task.x[~held], task.y[~held], task.x[held], task.y[held], task.classes, "")
@@ -113,17 +109,27 @@ def main(preset, seeds, models, data_dir, out, file, smoke):
             member.learn(task, (6 if smoke else MORE) * member.share // sum(other.share for other in best))
         best.forward = lambda x, best=best: sum(member(x) for member in best)
         right = dtl.hits(best, task).numpy()
-        dtl.append(file, dict(
+        results.add(dict(
             seed=s, model=m, metric="pl_accuracy", task=t, attacker="sceptic", attacker_seed=0, key=key,
             value=right.mean(), images=len(right), hits=base64.b64encode(np.packbits(right)).decode(),
-            valid=loss, chosen=chosen, revision=dtl.git_revision(), seconds=time.monotonic() - began))
+            valid=loss, chosen=chosen, config=config.digest(), revision=dtl.git_revision(),
+            seconds=time.monotonic() - began))
         click.echo(f"seed {s} {m} {t}: {100 * right.mean():.1f} % by {' and '.join(chosen)}")
-    records = [*{(r["seed"], r["model"], r["task"]): r for r in made()}.values()]  # of two, the later
-    names = [*dict.fromkeys(r["model"] for r in records if r["task"] == dtl.PIGGYBACK_TASKS[-1])]
-    records += [runs[s].measure(m, "target_accuracy") for s, m in {(r["seed"], r["model"]) for r in records}
-                if s in runs and m not in ("random", "pretrained") and runs[s].path(m).exists()]
     dtl.ATTACKERS["sceptic"] = None
-    click.echo("\n".join(dtl.tables(dtl.Rows(records, names))))
+    records, about = [r for r in results.values() if r["config"] == config.digest() and r["seed"] in runs], (
+        f"python experiments/sceptic.py {' '.join(sys.argv[1:])}", f"preset {preset}, seeds {seeds}",
+        f"revision {dtl.git_revision()}, torch {torch.__version__}, CPU, 1 thread")
+    click.echo(dtl.report(out / "sceptic", config, about, records, fully_attacked(records)))
+
+
+def fully_attacked(records):
+    """The models that every attacker has been tried on, over all seeds."""
+    tried = {}
+    for r in records:
+        tried.setdefault(r["model"], set()).add((r["seed"], r["task"], r["attacker"]) if r["task"] else None)
+    most = set.union(*tried.values()) - {None}
+    return [m for m in (*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS))
+            if tried.get(m, set()) - {None} == most]
 
 
 if __name__ == "__main__":

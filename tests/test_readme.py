@@ -1,6 +1,7 @@
 """What the README says is so: its commands are understood, its Python runs, its figures are those a run
 wrote."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import nn
 
 import dtl
@@ -158,18 +160,47 @@ def test_figures_are_those_a_run_wrote(kind, name):
         if '"digest"' in p.read_text().split("\n")[0]
     ),
 )
-def test_published_tables_come_from_their_results(folder, capsys, monkeypatch):
+def test_published_tables_come_from_their_results(folder, sceptic, capsys):
     """Of what the program as it is now has measured, and experiments/sceptic.py."""
-    monkeypatch.setitem(dtl.ATTACKERS, "sceptic", None)
     out = ROOT / "experiments" / folder
     results = dtl.Results(out)
     assert results and not capsys.readouterr().err
     if (out / "report.md").exists():
-        models = [*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS)]
-        found = [line for line in dtl.tables(dtl.Rows([*results.values()], models)) if line]
+        records = [*results.values()]
+        found = [line for line in dtl.tables(dtl.Rows(records, sceptic.fully_attacked(records))) if line]
         assert found == [
             line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")
         ]
+
+
+@pytest.fixture
+def sceptic(monkeypatch):
+    """experiments/sceptic.py, whose attacker the report then knows, as a module."""
+    spec = importlib.util.spec_from_file_location("sceptic", ROOT / "experiments" / "sceptic.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(dtl.ATTACKERS, "sceptic", None)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+
+
+def test_the_sceptic_goes_on_from_a_run_and_stands_in_its_report(sceptic, tmp_path, monkeypatch):
+    steps = {name: 2 for name in dtl.PRESETS["demo"] if name.endswith("_steps")}
+    tiny = dtl.PRESETS["demo"] | steps | dict(source="shapes[0:4]@30", subset_per_class=20, weights="")
+    monkeypatch.setitem(dtl.PRESETS, "demo", tiny)
+    run = CliRunner().invoke(dtl.main, ["all", "--methods", "uniform", "--out", str(tmp_path)])
+    assert run.exit_code == 0, run.output
+    models = ["--models", "oracle,transferred,disposed:uniform", "--data-dir", str(tmp_path)]
+    for again in (False, True):
+        done = CliRunner().invoke(
+            sceptic.main, ["--preset", "demo", *models, "--smoke", "--out", str(tmp_path)]
+        )
+        assert done.exit_code == 0, done.output
+        assert ("seed 0 oracle downstream" in done.output) != again
+    report = (tmp_path / "sceptic" / "report.md").read_text()
+    assert "2 attackers (fixed, sceptic)" in report and "| scratch" not in report
+    assert re.search(r"^\| uniform +\| [\d.]+ +\| [\d.]+ +\|$", report, re.M)
 
 
 def test_evidence_in_the_docstring_is_the_reports():
