@@ -4,7 +4,7 @@ steps: the steps of the stages themselves, on CUDA with and without graphs.
 
 Every ratio comes from one run; what is compared takes turns, so that a busy moment of the machine meets all
 (but torch in float64 and TorchJD, which take much longer and go last). `loss cuda` is on a GPU, `loss cpu
-resnet18` another network; `steps cuda cifar` is preset `cifar` on a GPU. Outputs of earlier revisions: experiments/bench.txt and bench-native.txt.
+resnet18` another network; `steps cuda cifar` is preset `cifar` on a GPU. Outputs: experiments/bench.txt and bench-native.txt.
 """
 
 import functools
