@@ -66,6 +66,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -1503,8 +1504,10 @@ class Rows:
             of_seed = right @ draws(right.shape[1], True).T  # (seeds, 1 + DRAWS)
             self.means[key] = (draws(len(right), False).T * of_seed).sum(0)
         self.attackers = [a for a in ATTACKERS if any(k[3] == a for k in found)]
-        self.models = [m for m in models if any(k[0] == m and k[3] for k in found)]
-        for m, task in [(m, task) for m in self.models for task in PIGGYBACK_TASKS]:
+        seeds, ways = {r["seed"] for r in records}, [*product(PIGGYBACK_TASKS, self.attackers)]
+        self.models = [m for m in models if ways and all(  # those that every attacker was tried on
+            found.get((m, "pl_accuracy", *way), {}).keys() == seeds for way in ways)]
+        for m, task in product(self.models, PIGGYBACK_TASKS):
             tried = [self.means[m, "pl_accuracy", task, attacker] for attacker in self.attackers]
             self.means[m, "pl_accuracy", task, "worst"] = max(tried, key=lambda mean: mean[0])
 

@@ -89,6 +89,7 @@ class Member(nn.Module):
 def main(preset, seeds, models, data_dir, out, smoke):
     torch.set_num_threads(1)
     results, config = dtl.Results(out), dtl.Config(**dtl.PRESETS[preset])
+    digest = config.digest()
     runs = {int(s): dtl.Run(config, int(s), data_dir, dtl.Progress(), results) for s in seeds.split(",")}
     for s, m, t in itertools.product(runs, models.split(","), dtl.PIGGYBACK_TASKS):
         path, task, began = runs[s].path(m), runs[s].task(t), time.monotonic()
@@ -112,24 +113,15 @@ def main(preset, seeds, models, data_dir, out, smoke):
         results.add(dict(
             seed=s, model=m, metric="pl_accuracy", task=t, attacker="sceptic", attacker_seed=0, key=key,
             value=right.mean(), images=len(right), hits=base64.b64encode(np.packbits(right)).decode(),
-            valid=loss, chosen=chosen, config=config.digest(), revision=dtl.git_revision(),
+            valid=loss, chosen=chosen, config=digest, revision=dtl.git_revision(),
             seconds=time.monotonic() - began))
         click.echo(f"seed {s} {m} {t}: {100 * right.mean():.1f} % by {' and '.join(chosen)}")
     dtl.ATTACKERS["sceptic"] = None
-    records, about = [r for r in results.values() if r["config"] == config.digest() and r["seed"] in runs], (
-        f"python experiments/sceptic.py {' '.join(sys.argv[1:])}", f"preset {preset}, seeds {seeds}",
-        f"revision {dtl.git_revision()}, torch {torch.__version__}, CPU, 1 thread")
-    click.echo(dtl.report(out / "sceptic", config, about, records, fully_attacked(records)))
-
-
-def fully_attacked(records):
-    """The models that every attacker has been tried on, over all seeds."""
-    tried = {}
-    for r in records:
-        tried.setdefault(r["model"], set()).add((r["seed"], r["task"], r["attacker"]) if r["task"] else None)
-    most = set.union(*tried.values()) - {None}
-    return [m for m in (*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS))
-            if tried.get(m, set()) - {None} == most]
+    records = [r for r in results.values() if r["config"] == digest and r["seed"] in runs]
+    about = (f"python experiments/sceptic.py {' '.join(sys.argv[1:])}", f"preset {preset}, seeds {seeds}",
+             f"revision {dtl.git_revision()}, torch {torch.__version__}, CPU, 1 thread")
+    known = (*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS))
+    click.echo(dtl.report(out / "sceptic", config, about, records, known))
 
 
 if __name__ == "__main__":

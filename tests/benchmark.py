@@ -4,7 +4,8 @@ steps: the steps of the stages themselves, on CUDA with and without graphs.
 
 Every ratio comes from one run; what is compared takes turns, so that a busy moment of the machine meets all
 (but torch in float64 and TorchJD, which take much longer and go last). `loss cuda` is on a GPU, `loss cpu
-resnet18` another network; `steps cuda cifar` is preset `cifar` on a GPU. Outputs: experiments/bench.txt and bench-native.txt.
+resnet18` another network; `steps cuda cifar` is preset `cifar` on a GPU. Outputs: experiments/bench.txt and
+bench-native.txt.
 """
 
 import functools
@@ -139,8 +140,8 @@ def steps(device="cpu", preset="demo", count=40):
     for mixed in (True, False) if device.type == "cuda" else (False,):
         how = dtl.Schedule(count, 1e-3, config.batch_size, mixed=mixed)
         backbone = dtl.new_backbone(config.network, 0, device)
-        model, head = dtl.Model(backbone, dtl.new_head(backbone.features, 10, 0, device), mixed), dtl.new_head(
-            backbone.features, 80, 0, device)
+        model = dtl.Model(backbone, dtl.new_head(backbone.features, 10, 0, device), mixed)
+        head = dtl.new_head(backbone.features, 80, 0, device)
         pretrain = functools.partial(dtl.pretrain, source, config.network, seed=0)
         dispose = functools.partial(dtl.dispose, model, head, source, target, schedule=how, seed=0)
         work = {"pretrain": functools.partial(pretrain, schedule=how),
