@@ -1076,9 +1076,9 @@ def gradient_norm(backbone: ResNet, head: nn.Linear, x: Tensor, y: Tensor, simil
     """A penalty on the squared norm of the whole batch's gradient. GC's mean is that of the source task's own
     gradient; this has the noise of one batch in it, too, which is many times as much."""
     loss = F.cross_entropy(head(backbone(x)), y)
-    gradients = torch.autograd.grad(loss, [*backbone.parameters(), *head.parameters()], create_graph=True)
-    norm = sum(g.square().sum() for g in gradients)
-    (weight * norm).to(norm.dtype).backward()
+    gradient = _gc_vector(loss, [*backbone.parameters(), *head.parameters()], "dot", 0, create_graph=True)
+    norm = _gc_inner(gradient, gradient)
+    (weight * norm).backward()
     return norm
 
 
