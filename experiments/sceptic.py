@@ -79,6 +79,55 @@ class Member(nn.Module):
                 p /= p.flatten(1).norm(dim=1)[:, None, None, None]
 
 
+def attack(run, model, name, smoke=False):
+    """Adds the line of results for this model and piggyback task, unless it is there."""
+    path, task, began, s = run.path(model), run.task(name), time.monotonic(), run.seed
+    if model != "random" and not path.exists():
+        raise click.ClickException(f"there is no {path}")
+    if key(run, model, name) in run.results:
+        return
+    held = torch.arange(len(task.y)) % 5 == 4  # a class's images lie together
+    part = dtl.Task(task.x[~held], task.y[~held], task.x[held], task.y[held], task.classes, "")
+    found, loss = {}, {}
+    for v in VARIANTS:
+        found[v] = one = Member(run, model, part, v, dtl.stream(s, "sceptic", name, v))
+        one.learn(part, 2 if smoke else SCOUT)
+        loss[v] = nn.functional.cross_entropy(one.eval()(dtl.normalise(part.x_test)), part.y_test).item()
+    chosen = sorted(VARIANTS, key=loss.get)[:2]
+    best = nn.ModuleList(found[v] for v in chosen)
+    for member in best:
+        member.learn(task, (6 if smoke else MORE) * member.share // sum(other.share for other in best))
+    best.forward = lambda x: sum(member(x) for member in best)
+    right = dtl.hits(best, task).numpy()
+    run.results.add(dict(
+        seed=s, model=model, metric="pl_accuracy", task=name, attacker="sceptic", attacker_seed=0,
+        key=key(run, model, name),
+        value=right.mean(), images=len(right), hits=base64.b64encode(np.packbits(right)).decode(),
+        valid=loss, chosen=chosen, config=run.config.digest(), revision=dtl.git_revision(),
+        seconds=time.monotonic() - began))
+    click.echo(f"seed {s} {model} {name}: {100 * right.mean():.1f} % by {' and '.join(chosen)}")
+
+
+def key(run, model, name):
+    return f"sceptic {run.path(model).stem} {name}"
+
+
+def report(runs, models):
+    """Prints the tables of all that was measured of these models in these runs, by seed."""
+    dtl.ATTACKERS["sceptic"] = None
+    first, records = next(iter(runs.values())), []
+    for r in first.results.values():
+        which = [r[part] for part in ("model", "metric", "task", "attacker", "attacker_seed")]
+        if (run := runs.get(r["seed"])) and r["model"] in ("pretrained", *models):
+            by_sceptic = r["attacker"] == "sceptic"
+            own = key(run, r["model"], r["task"]) if by_sceptic else run.number(*which)[0]["key"]
+            records += [r] * (r["key"] == own)
+    about = (f"python experiments/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
+             f"seeds {','.join(map(str, runs))}, revision {dtl.git_revision()}, torch {torch.__version__}, "
+             "CPU, 1 thread")
+    click.echo(dtl.report(first.results.path.parent / "sceptic", first.config, about, records, models))
+
+
 @click.command()
 @click.option("--preset", default="cifar-cpu")
 @click.option("--seeds", default="0")
@@ -89,39 +138,10 @@ class Member(nn.Module):
 def main(preset, seeds, models, data_dir, out, smoke):
     torch.set_num_threads(1)
     results, config = dtl.Results(out), dtl.Config(**dtl.PRESETS[preset])
-    digest = config.digest()
     runs = {int(s): dtl.Run(config, int(s), data_dir, dtl.Progress(), results) for s in seeds.split(",")}
     for s, m, t in itertools.product(runs, models.split(","), dtl.PIGGYBACK_TASKS):
-        path, task, began = runs[s].path(m), runs[s].task(t), time.monotonic()
-        if m != "random" and not path.exists():
-            raise click.ClickException(f"there is no {path}")
-        if (key := f"sceptic {path.stem} {t}") in results:
-            continue
-        held = torch.arange(len(task.y)) % 5 == 4  # a class's images lie together
-        part = dtl.Task(task.x[~held], task.y[~held], task.x[held], task.y[held], task.classes, "")
-        found, loss = {}, {}
-        for v in VARIANTS:
-            found[v] = one = Member(runs[s], m, part, v, dtl.stream(s, "sceptic", t, v))
-            one.learn(part, 2 if smoke else SCOUT)
-            loss[v] = nn.functional.cross_entropy(one.eval()(dtl.normalise(part.x_test)), part.y_test).item()
-        chosen = sorted(VARIANTS, key=loss.get)[:2]
-        best = nn.ModuleList(found[v] for v in chosen)
-        for member in best:
-            member.learn(task, (6 if smoke else MORE) * member.share // sum(other.share for other in best))
-        best.forward = lambda x, best=best: sum(member(x) for member in best)
-        right = dtl.hits(best, task).numpy()
-        results.add(dict(
-            seed=s, model=m, metric="pl_accuracy", task=t, attacker="sceptic", attacker_seed=0, key=key,
-            value=right.mean(), images=len(right), hits=base64.b64encode(np.packbits(right)).decode(),
-            valid=loss, chosen=chosen, config=digest, revision=dtl.git_revision(),
-            seconds=time.monotonic() - began))
-        click.echo(f"seed {s} {m} {t}: {100 * right.mean():.1f} % by {' and '.join(chosen)}")
-    dtl.ATTACKERS["sceptic"] = None
-    records = [r for r in results.values() if r["config"] == digest and r["seed"] in runs]
-    about = (f"python experiments/sceptic.py {' '.join(sys.argv[1:])}", f"preset {preset}, seeds {seeds}",
-             f"revision {dtl.git_revision()}, torch {torch.__version__}, CPU, 1 thread")
-    known = (*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS))
-    click.echo(dtl.report(out / "sceptic", config, about, records, known))
+        attack(runs[s], m, t, smoke)
+    report(runs, (*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS)))
 
 
 if __name__ == "__main__":

@@ -193,6 +193,28 @@ def test_the_sceptic_goes_on_from_a_run_and_stands_in_its_report(tiny, dtl_comma
     assert re.search(r"^\| uniform +\| [\d.]+ +\| [\d.]+ +\|$", report, re.M)
 
 
+def test_a_trial_of_durable_disposal_that_changes_nothing_is_the_method(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(dtl.ATTACKERS, "sceptic", None)
+    monkeypatch.setitem(dtl.PRESETS, "demo", tiny)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    durable = importlib.import_module("durable")
+    same = {"gc-fresh": durable.Trial(gc=30), "uniform-fresh": durable.Trial(uniform=10), "distill-fresh": durable.Trial()}
+    for method, trial in same.items():
+        monkeypatch.setitem(durable.TRIALS, f"as-{method}", trial)
+    models = ["oracle", "transferred", *(f"disposed:{m}" for m in (*same, *(f"as-{m}" for m in same)))]
+    models += [f"disposed:{m}" for m in ("few-images", "several-teachers-gc", "top1-gc")]
+    options = ["--preset", "demo", "--seed", "0", "--data-dir", str(tmp_path), "--out", str(tmp_path), "--smoke"]
+    done = CliRunner().invoke(durable.main, [*options, "--models", ",".join(models)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    target = dict(re.findall(r"^\| ([a-z0-9-]+) +\| ([\d.]+) ", done.output, re.M))
+    models = {p.name.split("-seed")[0]: torch.load(p)["backbone"] for p in (tmp_path / "checkpoints").glob("*.pt")}
+    for method in same:
+        one, other = (models[f"disposed-{name}"] for name in (method, f"as-{method}"))
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one), method
+        assert target[method] == target[f"as-{method}"]
+    assert {"few-images", "several-teachers-gc", "top1-gc"} <= target.keys()
+
+
 def test_evidence_in_the_docstring_is_the_reports():
     """Every figure of a model's line is one of its line in the report."""
     report = (ROOT / "experiments" / "cifar-cpu" / "report.md").read_text()
