@@ -193,6 +193,28 @@ def test_the_sceptic_goes_on_from_a_run_and_stands_in_its_report(tiny, dtl_comma
     assert re.search(r"^\| uniform +\| [\d.]+ +\| [\d.]+ +\|$", report, re.M)
 
 
+def test_the_table_of_all_attackers_is_that_of_its_records():
+    """experiments/README.md, seed 0, source subset: PL, and for what was disposed of the leak in that line."""
+    found = {}
+    for folder in ("cifar-cpu", "cifar-cpu-grid"):
+        for r in dtl.Results(ROOT / "experiments" / folder).values():
+            if (r["seed"], r["task"]) == (0, "source-subset"):
+                found[r["attacker"], r["model"].removeprefix("disposed:")] = r["value"]
+    text = (ROOT / "experiments" / "README.md").read_text()
+    head, *rows = re.search(r"^\| seed 0 \|(.*)\n\|[-|]+\n((?:\|.*\n)+)", text, re.M).groups()
+    models = head.split(" | ")
+    models[-1] = models[-1].rstrip(" |")
+    assert [m.strip() for m in models] == ["oracle", "transferred", "uniform-fresh", "gc-fresh"]
+    rows = [[c.strip() for c in row.strip("|").split("|")] for row in rows[0].splitlines()]
+    assert len(rows) == 8
+    for name, zero, top, *others in rows:
+        attacker = "sceptic" if "sceptic" in name else re.match(r"`(\w+)`", name)[1]
+        pl = [found[attacker, m.strip()] for m in models]
+        assert [zero, top] == [dtl.cell((v, v, v)) for v in pl[:2]], name
+        leaks = [(v - pl[0]) / (pl[1] - pl[0]) for v in pl[2:]]
+        assert others == [f"{dtl.cell((v, v, v))}, {dtl.cell((k, k, k), '.2f', 1)}" for v, k in zip(pl[2:], leaks)]
+
+
 def test_a_trial_of_durable_disposal_that_changes_nothing_is_the_method(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(dtl.ATTACKERS, "sceptic", None)
     monkeypatch.setitem(dtl.PRESETS, "demo", tiny)
