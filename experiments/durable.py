@@ -118,10 +118,13 @@ class Trials(dtl.Run):
 def main(preset, seed, models, data_dir, out, smoke):
     torch.set_num_threads(1)
     config = dtl.Config(**dtl.PRESETS[preset] | dict(split="validation"))
-    run = Trials(config, seed, data_dir, dtl.Progress(out, quiet=False), dtl.Results(out))
+    run = Trials(config, seed, data_dir, dtl.Progress(out), dtl.Results(out))
     run.measure("pretrained", "source_accuracy")
     for m in models.split(","):
-        run.measure(m, "target_accuracy")
+        for teacher in TRIALS.get(m.removeprefix("disposed:"), Trial()).teachers:
+            run.model(teacher)  # a stage of its own, not within this one
+        found = run.measure(m, "target_accuracy")
+        click.echo(f"{m}: {100 * found['value']:.1f} % on the target")
         for task in dtl.PIGGYBACK_TASKS:
             run.measure(m, "pl_accuracy", task, "long", 0)
             sceptic.attack(run, m, task, smoke)
