@@ -449,7 +449,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar-cpu": dict(
         image_size=16, network="resnet8-wide", batch_size=64, pretrain_steps=12000, transfer_steps=1000,
         dispose_steps=1000, chunks=2, chunk_size=16,
-        weights="gc=10,uniform=100,uniform-fresh=100", fresh_steps=3000, attack_steps=200),
+        weights="gc=10,uniform=100,uniform-fresh=100,gradient-norm-fresh=30", fresh_steps=3000, attack_steps=200),
     "own": dict(
         source="", target="", downstream="", oracle_per_class=0, network="resnet8", augment="none",
         batch_size=64, pretrain_steps=0, transfer_steps=0, transfer_lr=0.05, dispose_steps=0, fresh_steps=0,
