@@ -161,13 +161,15 @@ def test_figures_are_those_a_run_wrote(kind, name):
     ),
 )
 def test_published_tables_come_from_their_results(folder, capsys, monkeypatch):
-    """Of what the program as it is now has measured, and experiments/sceptic.py."""
+    """Of what the program as it is now has measured, and experiments/sceptic.py and durable.py."""
     monkeypatch.setitem(dtl.ATTACKERS, "sceptic", None)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    trials = importlib.import_module("durable").TRIALS
     out = ROOT / "experiments" / folder
     results = dtl.Results(out)
     assert results and not capsys.readouterr().err
     if (out / "report.md").exists():
-        models = [*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS)]
+        models = [*dtl.REFERENCES, *(f"disposed:{m}" for m in (*dtl.METHODS, *trials))]
         found = [line for line in dtl.tables(dtl.Rows([*results.values()], models)) if line]
         assert found == [
             line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")
@@ -240,8 +242,8 @@ def test_a_trial_of_durable_disposal_that_changes_nothing_is_the_method(tiny, tm
 def test_evidence_in_the_docstring_is_the_reports():
     """Every figure of a model's line is one of its line in the report."""
     report = (ROOT / "experiments" / "cifar-cpu" / "report.md").read_text()
-    lines = re.findall(r"^    (oracle|transferred|uniform|gc|[a-z]+-fresh) {2,}(.*)", dtl.__doc__, re.M)
-    assert len(lines) == 7
+    lines = re.findall(r"^    (oracle|transferred|uniform|gc|[a-z-]+-fresh) {2,}(.*)", dtl.__doc__, re.M)
+    assert len(lines) == 8
     for model, figures in lines:
         known = " ".join(re.findall(rf"^\| {model} .*", report, re.M))
         for figure in figures.split():
