@@ -23,6 +23,7 @@ import dtl  # noqa: E402
 class Trial:
     gc: float = 0.0  # weights of the forget losses
     uniform: float = 0.0
+    similarity: str = "dot"  # of gc
     top1: bool = False  # of the teacher's answer on a source image only which class it is
     per_class: int = 0  # source images a class that the teacher answers on; 0: all
     teachers: tuple[str, ...] = ("transferred",)  # their logits are averaged
@@ -41,6 +42,9 @@ TRIALS = {
     "several-teachers-gc": Trial(gc=60, teachers=SEVERAL),
     "second-generation": Trial(gc=30, teachers=("disposed:gc-fresh",)),
     "temperature-1": Trial(gc=30, temperature=1.0),
+    "cos-3": Trial(gc=3, similarity="cos"),
+    "cos-10": Trial(gc=10, similarity="cos"),
+    "cos-30": Trial(gc=30, similarity="cos"),
 }
 
 
@@ -81,7 +85,7 @@ def dispose(run, trial, schedule, seed):
             if trial.gc:
                 fresh = dtl.new_head(features, source.classes, generator, device)
                 terms["gc"] = dtl.gradient_collision(
-                    backbone, fresh, x, y, c.similarity, c.chunks, trial.gc * ramp)
+                    backbone, fresh, x, y, trial.similarity, c.chunks, trial.gc * ramp)
             if trial.uniform:
                 terms["uniform"] = dtl.uniform_labels(head(backbone(x)), y, None, None, None)
                 (trial.uniform * ramp.float() * terms["uniform"]).backward()
