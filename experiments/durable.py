@@ -42,9 +42,9 @@ TRIALS = {
     "several-teachers-gc": Trial(gc=60, teachers=SEVERAL),
     "second-generation": Trial(gc=30, teachers=("disposed:gc-fresh",)),
     "temperature-1": Trial(gc=30, temperature=1.0),
-    "cos-3": Trial(gc=3, similarity="cos"),
     "cos-10": Trial(gc=10, similarity="cos"),
     "cos-30": Trial(gc=30, similarity="cos"),
+    "cos-100": Trial(gc=100, similarity="cos"),
 }
 
 
