@@ -38,7 +38,8 @@ as `transferred`.
 
 So from the transferred weights nothing is erased, and GC does worse than uniform labels. Into a fresh
 backbone GC helps, and more than uniform labels do, but a plain penalty on the norm of the source gradient
-does as well there, for 0.4 (-0.3, 1.0) points of the target: nothing shows that it is collision that helps.
+does as well there, for 0.4 (-0.3, 1.0) points of the target. In the mean over batches GC by inner products
+is the square of that norm: it asks for a small source gradient, and nothing shows that collision adds to it.
 "Resists these attackers up to this budget", never "erased": one that trains for longer, or is stronger still,
 gets more out of it. Everything measured, and what it took: experiments/README.md. No official code is public;
 what the abstract leaves open is marked OUR READING below, and no number here is the paper's.
@@ -99,6 +100,8 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
         GC  = 2/(n(n-1)) * sum_{i<j} <u_i, u_j>                      cos: in [-1/(n-1), 1]
 
     Minimise it together with a loss that keeps the target task: positive is agreement, negative collision.
+    dot: |mean g_i|^2 = (1 - 1/n) GC + mean |g_i|^2 / n, and the mean of GC over independent chunks is the
+    squared norm of the source loss's own gradient; cos looks at directions alone.
     losses: n >= 2 tensors (), each with its graph. params: bfloat16, float32 or float64 tensors on one
     device; one given twice (tied weights) counts once, one that a loss does not touch is a zero gradient, a
     zero gradient has cosine 0. Returns a tensor (), differentiable by params, without host synchronisation;
@@ -1350,6 +1353,7 @@ class Run:
         self.config, self.seed, self.data_dir, self.results = config, seed, data_dir, results
         self.progress, self.device = progress, progress.device
         self.mixed = config.precision == "auto" and self.device.type == "cuda"
+        self.made_with = torch.__version__, self.device.type  # others' numbers are others
         self.tasks = {name: self.task(name) for name in ("source", "target", *PIGGYBACK_TASKS, "oracle")}
         count = {name: len(task.y) for name, task in self.tasks.items()}
         self.has_oracle = count["oracle"] > count["target"]
@@ -1421,7 +1425,7 @@ class Run:
     def key(self, *names: Any) -> str:
         """The digest of everything configured up to a model, or to a number."""
         depends = self.recipe(*names)[0] if len(names) == 1 else []
-        return digest([RECIPE, torch.__version__, self.device.type, self.seed, *names, *depends])[:16]
+        return digest([RECIPE, *self.made_with, self.seed, *names, *depends])[:16]
 
     def path(self, name: str) -> Path:
         file = f"{name.replace(':', '-')}-seed{self.seed}-{self.key(name)}.pt"

@@ -134,11 +134,15 @@ def report(runs, models):
 @click.option("--models", default="oracle,transferred")
 @click.option("--data-dir", type=Path, required=True)
 @click.option("--out", type=Path, default="runs", help="of python dtl.py all")
+@click.option("--precision", default="auto", help="of the models")
+@click.option("--made-with", default="", help="of models made elsewhere, as in 2.11.0+cu130,cuda")
 @click.option("--smoke", is_flag=True)
-def main(preset, seeds, models, data_dir, out, smoke):
+def main(preset, seeds, models, data_dir, out, precision, made_with, smoke):
     torch.set_num_threads(1)
-    results, config = dtl.Results(out), dtl.Config(**dtl.PRESETS[preset])
+    results, config = dtl.Results(out), dtl.Config(**dtl.PRESETS[preset] | dict(precision=precision))
     runs = {int(s): dtl.Run(config, int(s), data_dir, dtl.Progress(), results) for s in seeds.split(",")}
+    for run in runs.values():
+        run.made_with = tuple(made_with.split(",")) if made_with else run.made_with
     for s, m, t in itertools.product(runs, models.split(","), dtl.PIGGYBACK_TASKS):
         attack(runs[s], m, t, smoke)
     report(runs, (*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS)))

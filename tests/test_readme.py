@@ -190,6 +190,8 @@ def test_the_sceptic_goes_on_from_a_run_and_stands_in_its_report(tiny, dtl_comma
         )
         assert done.exit_code == 0, done.output
         assert ("seed 0 oracle downstream" in done.output) != again
+    other = ["--preset", "demo", *models, "--smoke", "--out", str(tmp_path), "--made-with", "9.9,cuda"]
+    assert "there is no" in CliRunner().invoke(sceptic.main, other).output
     report = (tmp_path / "sceptic" / "report.md").read_text()
     assert "2 attackers (fixed, sceptic)" in report and "| scratch" not in report
     assert re.search(r"^\| uniform +\| [\d.]+ +\| [\d.]+ +\|$", report, re.M)

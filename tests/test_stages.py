@@ -623,6 +623,22 @@ def test_gradient_norm_is_the_squared_norm_of_the_whole_batchs_gradient(world):
         assert torch.allclose(p.grad, 0.5 * e, rtol=1e-6, atol=1e-9 * norm.item())
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_gradient_norm_is_gc_and_the_chunks_own_norms(world, n):
+    """|mean g|^2 = (1 - 1/n) GC + mean |g_i|^2 / n: what GC by inner products leaves out is the noise alone.
+    With BatchNorm's running statistics, since chunks by themselves have other means than their batch."""
+    backbone, head = (copy.deepcopy(m).double().eval() for m in (world[2].backbone, world[3]))
+    x, y = dtl.batch(world[0], dtl.batch_index(world[0], 6, 0, 7), "none", torch.Generator())
+    params, x = [*backbone.parameters(), *head.parameters()], x.double()
+    chunks = zip(x.chunk(n), y.chunk(n))
+    grads = [torch.autograd.grad(F.cross_entropy(head(backbone(x)), y), params) for x, y in chunks]
+    noise = sum((g * g).sum() for chunk in grads for g in chunk) / n
+    gc = dtl.gradient_collision(backbone, head, x, y, "dot", n, 0.0)
+    norm = dtl.gradient_norm(backbone, head, x, y, "dot", n, 0.0)
+    assert norm.item() == pytest.approx(((1 - 1 / n) * gc + noise / n).item(), rel=1e-9)
+    assert abs(gc) > 1e-3 * norm and noise > 1e-3 * norm
+
+
 @pytest.mark.parametrize("method", ["uniform", "uniform-fresh", "gc", "gc-long"])
 def test_the_weight_rises_over_half_of_a_long_disposal(world, monkeypatch, method):
     """And is there from the beginning of a short one."""
