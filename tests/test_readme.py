@@ -197,26 +197,25 @@ def test_the_sceptic_goes_on_from_a_run_and_stands_in_its_report(tiny, dtl_comma
     assert re.search(r"^\| uniform +\| [\d.]+ +\| [\d.]+ +\|$", report, re.M)
 
 
-def test_the_table_of_all_attackers_is_that_of_its_records():
-    """experiments/README.md, seed 0, source subset: PL, and for what was disposed of the leak in that line."""
-    found = {}
-    for folder in ("cifar-cpu", "cifar-cpu-grid"):
-        for r in dtl.Results(ROOT / "experiments" / folder).values():
-            if (r["seed"], r["task"]) == (0, "source-subset"):
-                found[r["attacker"], r["model"].removeprefix("disposed:")] = r["value"]
+def test_short_tables_say_what_their_reports_say():
+    """experiments/README.md: target accuracy, and for both tasks the worst PL and its leak, model by model."""
     text = (ROOT / "experiments" / "README.md").read_text()
-    head, *rows = re.search(r"^\| seed 0 \|(.*)\n\|[-|]+\n((?:\|.*\n)+)", text, re.M).groups()
-    models = head.split(" | ")
-    models[-1] = models[-1].rstrip(" |")
-    assert [m.strip() for m in models] == ["oracle", "transferred", "uniform-fresh", "gc-fresh"]
-    rows = [[c.strip() for c in row.strip("|").split("|")] for row in rows[0].splitlines()]
-    assert len(rows) == 8
-    for name, zero, top, *others in rows:
-        attacker = "sceptic" if "sceptic" in name else re.match(r"`(\w+)`", name)[1]
-        pl = [found[attacker, m.strip()] for m in models]
-        assert [zero, top] == [dtl.cell((v, v, v)) for v in pl[:2]], name
-        leaks = [(v - pl[0]) / (pl[1] - pl[0]) for v in pl[2:]]
-        assert others == [f"{dtl.cell((v, v, v))}, {dtl.cell((k, k, k), '.2f', 1)}" for v, k in zip(pl[2:], leaks)]
+    pattern = r"^\| (?:five seeds|validation seed 100) \|.*\n\|[-|]+\n((?:\|.*\n)+)(?:.*\n)*?.*\[report.md\]\((.*?)\)"
+    found = re.findall(pattern, text, re.M)
+    assert [folder.split("/")[0] for _, folder in found] == ["cifar-cpu-gpu", "durable-2", "durable-3"]
+    for rows, report in found:
+        full = {}
+        for line in (ROOT / "experiments" / report).read_text().splitlines():
+            name, *rest = cells(line) if line.startswith("|") else [""]
+            if len(rest) >= 5 and re.fullmatch(r"[+-]\d+\.\d", rest[1]):  # a row of a task's first table
+                target, change, worst, leak = rest[:4]
+                full.setdefault(name, []).append((target, change, f"{worst.split()[0]}, {leak}"))
+        rows = [cells(row) for row in rows.splitlines()]
+        assert len(rows) >= 5 and {row[0] for row in rows} == full.keys()
+        for name, target, *by_task in rows:
+            assert by_task == [of_task for *_, of_task in full[name]], name
+            shown, change = (target.replace("(", "").replace(")", "").split() + ["+0.0"])[:2]
+            assert shown == full[name][0][0] and (change == full[name][0][1] or "(" not in target), name
 
 
 def test_a_trial_of_durable_disposal_that_changes_nothing_is_the_method(tiny, tmp_path, monkeypatch):
