@@ -1354,7 +1354,7 @@ class Run:
         self.config, self.seed, self.data_dir, self.results = config, seed, data_dir, results
         self.progress, self.device = progress, progress.device
         self.mixed = config.precision == "auto" and self.device.type == "cuda"
-        self.made_with = torch.__version__, self.device.type  # others' numbers are others
+        self.made_with = torch.__version__, self.device.type  # in every key: others make other models
         self.tasks = {name: self.task(name) for name in ("source", "target", *PIGGYBACK_TASKS, "oracle")}
         count = {name: len(task.y) for name, task in self.tasks.items()}
         self.has_oracle = count["oracle"] > count["target"]
