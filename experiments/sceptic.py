@@ -141,8 +141,8 @@ def main(preset, seeds, models, data_dir, out, precision, made_with, smoke):
     torch.set_num_threads(1)
     results, config = dtl.Results(out), dtl.Config(**dtl.PRESETS[preset] | dict(precision=precision))
     runs = {int(s): dtl.Run(config, int(s), data_dir, dtl.Progress(), results) for s in seeds.split(",")}
-    for run in runs.values():
-        run.made_with = tuple(made_with.split(",")) if made_with else run.made_with
+    for run in runs.values() if made_with else ():
+        run.made_with = tuple(made_with.split(","))
     for s, m, t in itertools.product(runs, models.split(","), dtl.PIGGYBACK_TASKS):
         attack(runs[s], m, t, smoke)
     report(runs, (*dtl.REFERENCES, *(f"disposed:{m}" for m in dtl.METHODS)))

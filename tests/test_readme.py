@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from test_report import parsed
 from torch import nn
 
 import dtl
@@ -183,15 +184,13 @@ def test_the_sceptic_goes_on_from_a_run_and_stands_in_its_report(tiny, dtl_comma
     sceptic = importlib.import_module("sceptic")
     run = dtl_command("all", "--methods", "uniform", "--out", tmp_path)
     assert run.code == 0, run.output
-    models = ["--models", "oracle,transferred,disposed:uniform", "--data-dir", str(tmp_path)]
+    options = ["--preset", "demo", "--models", "oracle,transferred,disposed:uniform", "--data-dir", str(tmp_path)]
+    options += ["--smoke", "--out", str(tmp_path)]
     for again in (False, True):
-        done = CliRunner().invoke(
-            sceptic.main, ["--preset", "demo", *models, "--smoke", "--out", str(tmp_path)]
-        )
+        done = CliRunner().invoke(sceptic.main, options)
         assert done.exit_code == 0, done.output
         assert ("seed 0 oracle downstream" in done.output) != again
-    other = ["--preset", "demo", *models, "--smoke", "--out", str(tmp_path), "--made-with", "9.9,cuda"]
-    assert "there is no" in CliRunner().invoke(sceptic.main, other).output
+    assert "there is no" in CliRunner().invoke(sceptic.main, [*options, "--made-with", "9.9,cuda"]).output
     report = (tmp_path / "sceptic" / "report.md").read_text()
     assert "2 attackers (fixed, sceptic)" in report and "| scratch" not in report
     assert re.search(r"^\| uniform +\| [\d.]+ +\| [\d.]+ +\|$", report, re.M)
@@ -204,18 +203,14 @@ def test_short_tables_say_what_their_reports_say():
     found = re.findall(pattern, text, re.M)
     assert [folder.split("/")[0] for _, folder in found] == ["cifar-cpu-gpu", "durable-2", "durable-3"]
     for rows, report in found:
-        full = {}
-        for line in (ROOT / "experiments" / report).read_text().splitlines():
-            name, *rest = cells(line) if line.startswith("|") else [""]
-            if len(rest) >= 5 and re.fullmatch(r"[+-]\d+\.\d", rest[1]):  # a row of a task's first table
-                target, change, worst, leak = rest[:4]
-                full.setdefault(name, []).append((target, change, f"{worst.split()[0]}, {leak}"))
+        tables = parsed((ROOT / "experiments" / report).read_text().splitlines())
+        tables = [tables[task] for task in dtl.PIGGYBACK_TASKS]
         rows = [cells(row) for row in rows.splitlines()]
-        assert len(rows) >= 5 and {row[0] for row in rows} == full.keys()
+        assert len(rows) >= 5 and all({row[0] for row in rows} == table.keys() for table in tables)
         for name, target, *by_task in rows:
-            assert by_task == [of_task for *_, of_task in full[name]], name
-            shown, change = (target.replace("(", "").replace(")", "").split() + ["+0.0"])[:2]
-            assert shown == full[name][0][0] and (change == full[name][0][1] or "(" not in target), name
+            full = [table[name] for table in tables]
+            assert by_task == [f"{f['worst PL %'].split()[0]}, {f['worst leak']}" for f in full], name
+            assert target in (full[0]["target %"], f"{full[0]['target %']} ({full[0]['change']})"), name
 
 
 def test_a_trial_of_durable_disposal_that_changes_nothing_is_the_method(tiny, tmp_path, monkeypatch):
