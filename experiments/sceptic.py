@@ -29,9 +29,10 @@ class Member(nn.Module):
     @torch.no_grad()
     def __init__(self, run, model, part, variant, seed):
         super().__init__()
-        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+        device = part.x.device
+        self.seed, self.generator = seed, torch.Generator(device).manual_seed(seed)
         blocks, affine, self.rate, self.share = VARIANTS[variant]
-        self.backbone = net = dtl.new_backbone(run.config.network, seed, part.x.device)
+        self.backbone = net = dtl.new_backbone(run.config.network, seed, device)
         old, new = ([m for m in nn.Sequential(n.stem, n.blocks[:blocks]).modules()
                      if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))] for n in (run.model(model).backbone, net))
         for conv, bn, new_conv, new_bn in zip(old[::2], old[1::2], new[::2], new[1::2]):
@@ -44,10 +45,10 @@ class Member(nn.Module):
         net.train().apply(lambda module: setattr(module, "momentum", 1.0))(dtl.normalise(part.x[::2]))
         x, held = (torch.cat([net.eval().every_layer(dtl.normalise(images)) for images in split.split(500)])
                    for split in (part.x, part.x_test))
-        n, width, onehot = *x.shape, torch.eye(part.classes)[part.y]
+        n, width, onehot = *x.shape, torch.eye(part.classes, device=device)[part.y]
         self.norm = nn.BatchNorm1d(width, eps=1e-4, momentum=1.0, affine=False)
-        x, held, self.head = self.norm(x), self.norm.eval()(held), nn.Linear(width, part.classes, bias=False)
-        ridges = [torch.linalg.solve(x.T @ x + n * strength * torch.eye(width), x.T @ onehot)
+        x, held, self.head = self.norm(x), self.norm.eval()(held), nn.Linear(width, part.classes, bias=False, device=device)
+        ridges = [torch.linalg.solve(x.T @ x + n * strength * torch.eye(width, device=device), x.T @ onehot)
                   for strength in (0.03, 0.1, 0.3, 1, 3)]  # x is centred: it needs no constant
         best = min((scale * ridge for ridge in ridges for scale in (2, 4, 8, 16)),
                    key=lambda weight: nn.functional.cross_entropy(held @ weight, part.y_test).item())
@@ -60,13 +61,14 @@ class Member(nn.Module):
 
     def learn(self, task, steps):
         most, parameters = min(0.5, steps * 64 / len(task.y) / 80), list(self.train().parameters())
-        for k in range(steps):
-            x, y = dtl.batch(task, dtl.batch_index(task, 64, k, self.seed), "crop,flip", self.generator)
-            target = 0.9 * torch.eye(task.classes)[y] + 0.1 / task.classes
-            share = most * torch.rand((), generator=self.generator)  # mixup, more where images come often
-            x, target = (v.lerp(v.flip(0), share) for v in (x, target))
+        device = task.x.device
+
+        def step(index, rate):
+            x, y = dtl.batch(task, index, "crop,flip", self.generator)
+            target = 0.9 * torch.eye(task.classes, device=device)[y] + 0.1 / task.classes
+            share = most * torch.rand((), generator=self.generator, device=device)
+            x, target = (v.lerp(v.flip(0), share) for v in (x, target))  # mixup, more where images come often
             gradients = torch.autograd.grad(nn.functional.cross_entropy(self(x), target), parameters)
-            rate = min((k + 1) / 15, 1) * (1 - k / steps)
             for p, m, g in zip([p.data for p in parameters], self.speed, gradients):
                 g = g + 0.9 * m.mul_(0.9).add_(g)  # Nesterov's
                 if p.ndim < 4:
@@ -77,6 +79,12 @@ class Member(nn.Module):
                     o = 3.4445 * o + (2.0315 * (square := o @ o.T) @ square - 4.775 * square) @ o
                 p -= self.rate * rate * o.view_as(p)
                 p /= p.flatten(1).norm(dim=1)[:, None, None, None]
+            return rate
+
+        step = dtl.Graph(step, self.generator) if device.type == "cuda" else step
+        for k in range(steps):
+            rate = torch.full((), min((k + 1) / 15, 1) * (1 - k / steps), dtype=torch.float64, device=device)
+            step(dtl.batch_index(task, 64, k, self.seed), rate)
 
 
 def attack(run, model, name, smoke=False):
@@ -98,7 +106,7 @@ def attack(run, model, name, smoke=False):
     for member in best:
         member.learn(task, (6 if smoke else MORE) * member.share // sum(other.share for other in best))
     best.forward = lambda x: sum(member(x) for member in best)
-    right = dtl.hits(best, task).numpy()
+    right = dtl.hits(best, task).cpu().numpy()
     run.results.add(dict(
         seed=s, model=model, metric="pl_accuracy", task=name, attacker="sceptic", attacker_seed=0,
         key=key(run, model, name),
