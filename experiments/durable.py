@@ -70,7 +70,7 @@ def dispose(run, trial, schedule, seed):
             dtl.batch_index(task, c.chunks * c.chunk_size, step, source_seed) for task in (source, answered))
         ramp = min(1.0, (step + 1) / (dtl.RAMP * schedule.steps))
         return (dtl.batch_index(target, schedule.batch_size, step, seed), of_source, of_answered,
-                torch.tensor(ramp, dtype=torch.float64))
+                torch.full((), ramp, dtype=torch.float64, device=device))
 
     def step_loss(generator, of_target, of_source, of_answered, ramp):
         x, _ = dtl.batch(target, of_target, schedule.augment, generator)

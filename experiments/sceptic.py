@@ -47,7 +47,8 @@ class Member(nn.Module):
                    for split in (part.x, part.x_test))
         n, width, onehot = *x.shape, torch.eye(part.classes, device=device)[part.y]
         self.norm = nn.BatchNorm1d(width, eps=1e-4, momentum=1.0, affine=False)
-        x, held, self.head = self.norm(x), self.norm.eval()(held), nn.Linear(width, part.classes, bias=False, device=device)
+        x, held = self.norm(x), self.norm.eval()(held)
+        self.head = nn.Linear(width, part.classes, bias=False, device=device)
         ridges = [torch.linalg.solve(x.T @ x + n * strength * torch.eye(width, device=device), x.T @ onehot)
                   for strength in (0.03, 0.1, 0.3, 1, 3)]  # x is centred: it needs no constant
         best = min((scale * ridge for ridge in ridges for scale in (2, 4, 8, 16)),

@@ -1,0 +1,177 @@
+"""Weights by one rule on validation images of three seeds, then, once, test images of five seeds that nobody
+has looked at. Any number of these, side by side, share the work; a killed one's is done by another.
+
+    python experiments/protocol.py --data-dir data --gpu 0        # takes what is ready, till all is done
+    python experiments/protocol.py --data-dir data --gpu 0 --report
+
+The rule, for every method: of its trials the largest weight that costs, in the mean over the validation
+seeds, at most MOST of the target accuracy of `transferred`; if none does, the smallest."""
+
+import contextlib
+import copy
+import fcntl
+import functools
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import durable  # noqa: E402
+import sceptic  # noqa: E402
+
+import dtl  # noqa: E402
+
+VALIDATION, TEST, MOST = (100, 101, 102), (5, 6, 7, 8, 9), 0.010
+TRIALS = {  # those that take longest first
+    "gc-fresh": (10, 20, 30), "gradient-norm-fresh": (10, 20, 30), "gc": (3, 10, 30),
+    "uniform-fresh": (100, 300, 1000), "random-labels-fresh": (30, 100, 300), "uniform": (30, 100, 300)}
+FRONT = ("gc-fresh", "gradient-norm-fresh", "uniform-fresh")  # every trial of these is attacked
+OTHERS = ("oracle", "scratch", "transferred", "disposed:distill-fresh")
+DURABLE = [f"disposed:{name}" for name in ("top1", "top1-gc", "several-teachers", "second-generation",
+                                           "gc-and-uniform", "few-images", "temperature-1")]
+
+
+class Study:
+    def __init__(self, preset, out, data_dir, device):
+        self.preset, self.data_dir = dtl.PRESETS[preset] | dict(precision="float32"), data_dir
+        self.progress = dtl.Progress(out, device, graphs=device.type == "cuda")
+        self.results, self.choice = dtl.Results(out), {}
+
+    @functools.cache
+    def run(self, seed, weights=""):
+        """That seed's Run, with other weights than the preset's: they share their tasks."""
+        if weights:
+            other = copy.copy(before := self.run(seed))
+            other.config, other.task = replace(before.config, weights=weights), before.task
+            return other
+        config = dtl.Config(**self.preset | dict(split="validation" if seed in VALIDATION else "test"))
+        return durable.Trials(config, seed, self.data_dir, self.progress, self.results)
+
+    def known(self, run, *which):
+        return self.results.get(run.number(*which)[0]["key"])
+
+    def costs(self, method, weight):
+        """What the target loses by it, for each validation seed; None as long as one is missing."""
+        pairs = [(self.known(self.run(s), "transferred", "target_accuracy"),
+                  self.known(self.run(s, f"{method}={weight}"), f"disposed:{method}", "target_accuracy"))
+                 for s in VALIDATION]
+        return [one["value"] - other["value"] for one, other in pairs] if all(
+            one and other for one, other in pairs) else None
+
+    def chosen(self, method):
+        """The weight, once all trials are there; None before."""
+        if method not in self.choice:
+            costs = {weight: self.costs(method, weight) for weight in TRIALS[method]}
+            if None not in costs.values():
+                passed = [weight for weight, cost in costs.items() if np.mean(cost) <= MOST]
+                self.choice[method] = max(passed, default=min(costs))
+        return self.choice.get(method)
+
+    def jobs(self):
+        """(run, model, what to measure) in the order of their worth; ("sceptic", TASK) is his attack."""
+        seeds, target = (*VALIDATION, *TEST), ("target_accuracy",)
+        for s in seeds:
+            yield self.run(s), "pretrained", ("source_accuracy",)
+        for s in seeds:
+            yield self.run(s), "transferred", target
+        for method, weights in TRIALS.items():
+            for weight in weights:
+                for s in VALIDATION:
+                    yield self.run(s, f"{method}={weight}"), f"disposed:{method}", target
+        for s in seeds:
+            yield self.run(s), "oracle", target
+        tested = [(self.run(s), m) for s in TEST for m in OTHERS]
+        for method in filter(self.chosen, TRIALS):
+            tested += [(self.run(s, f"{method}={self.chosen(method)}"), f"disposed:{method}") for s in TEST]
+        yield from ((*pair, target) for pair in tested)
+        for task in dtl.PIGGYBACK_TASKS:
+            yield from ((*pair, ("sceptic", task)) for pair in tested)
+        for attacker in ("fixed", "few", "ridge", "long", "high"):
+            for task in dtl.PIGGYBACK_TASKS:
+                yield from ((*pair, ("pl_accuracy", task, attacker, 0)) for pair in tested)
+        first = self.run(VALIDATION[0])
+        for m in ("transferred-2", "transferred-3", "disposed:gc-fresh", *DURABLE):
+            yield first, m, target
+        trials = [(self.run(s, f"{method}={weight}"), f"disposed:{method}")
+                  for s in VALIDATION for method in FRONT for weight in TRIALS[method]]
+        trials += [(self.run(s), m) for s in VALIDATION for m in ("oracle", "transferred")]
+        for task in dtl.PIGGYBACK_TASKS:
+            yield from ((*pair, ("sceptic", task)) for pair in [*((first, m) for m in DURABLE), *trials])
+        for attacker in ("low", "adamw", "rescaled", "longer", "gentle"):
+            for task in dtl.PIGGYBACK_TASKS:
+                yield from ((*pair, ("pl_accuracy", task, attacker, 0)) for pair in tested)
+
+    def state(self, run, model, which):
+        """done, ready or waiting"""
+        key = sceptic.key(run, model, which[1]) if which[0] == "sceptic" else run.number(
+            model, *which)[0]["key"]
+        if key in self.results:
+            return "done"
+        trial = durable.TRIALS.get(model.removeprefix("disposed:"))
+        before = [model] if len(which) > 1 else [*dtl.needs(model), *(trial.teachers if trial else ())]
+        before += ["pretrained"] * model.startswith("transferred-")
+        return "ready" if all(run.path(m).exists() for m in before) else "waiting"
+
+    def work(self):
+        locks, over = self.results.path.parent / "locks", set()
+        locks.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.results.__init__(self.results.path.parent)  # with what the others have added
+            left = False
+            for job in self.jobs():
+                if job in over or (state := self.state(*job)) == "done":
+                    over.add(job)
+                    continue
+                left, (run, model, which) = True, job
+                if state == "waiting":
+                    continue
+                lock = locks / dtl.digest([run.key(model), *which])
+                with lock.open("w") as file, contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+                    self.results.__init__(self.results.path.parent)
+                    if self.state(*job) == "ready":
+                        try:
+                            if which[0] == "sceptic":
+                                sceptic.attack(run, model, which[1])
+                            else:
+                                run.measure(model, *which)
+                        except Exception:  # the others go on
+                            over.add(job)
+                            traceback.print_exc()
+                        break
+            else:
+                if not left:
+                    return
+                time.sleep(0.5)
+
+    def report(self):
+        for method, weights in TRIALS.items():
+            for weight in weights:
+                costs = [100 * c for c in self.costs(method, weight)]
+                click.echo(f"| {method} | {weight} | {np.mean(costs):+.1f} | "
+                           f"{', '.join(f'{c:+.1f}' for c in costs)} | "
+                           f"{'chosen' * (weight == self.chosen(method))} |")
+        weights = ",".join(f"{method}={self.chosen(method)}" for method in TRIALS)
+        sceptic.report({s: self.run(s, weights) for s in TEST}, [*OTHERS, *(f"disposed:{m}" for m in TRIALS)])
+
+
+@click.command()
+@click.option("--preset", default="cifar-cpu")
+@click.option("--gpu", type=int)
+@click.option("--data-dir", type=Path, required=True)
+@click.option("--out", type=Path, default="runs")
+@click.option("--report", is_flag=True)
+def main(preset, gpu, data_dir, out, report):
+    torch.set_num_threads(1)
+    study = Study(preset, out, data_dir, dtl.find_device(gpu, "float32"))
+    study.report() if report else study.work()
+
+
+if __name__ == "__main__":
+    main()
