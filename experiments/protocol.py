@@ -38,8 +38,9 @@ DURABLE = [f"disposed:{name}" for name in ("top1", "top1-gc", "several-teachers"
 
 
 class Study:
-    def __init__(self, preset, out, data_dir, device):
-        self.preset, self.data_dir = dtl.PRESETS[preset] | dict(precision="float32"), data_dir
+    def __init__(self, preset, out, data_dir, device, made_with):
+        self.preset = dtl.PRESETS[preset] | dict(precision="float32")
+        self.data_dir, self.made_with = data_dir, made_with
         self.progress = dtl.Progress(out, device, graphs=device.type == "cuda")
         self.results, self.choice = dtl.Results(out), {}
 
@@ -51,7 +52,9 @@ class Study:
             other.config, other.task = replace(before.config, weights=weights), before.task
             return other
         config = dtl.Config(**self.preset | dict(split="validation" if seed in VALIDATION else "test"))
-        return durable.Trials(config, seed, self.data_dir, self.progress, self.results)
+        run = durable.Trials(config, seed, self.data_dir, self.progress, self.results)
+        run.made_with = self.made_with or run.made_with
+        return run
 
     def known(self, run, *which):
         return self.results.get(run.number(*which)[0]["key"])
@@ -166,10 +169,12 @@ class Study:
 @click.option("--gpu", type=int)
 @click.option("--data-dir", type=Path, required=True)
 @click.option("--out", type=Path, default="runs")
+@click.option("--made-with", default="", help="of models made elsewhere, as in 2.11.0+cu130,cuda")
 @click.option("--report", is_flag=True)
-def main(preset, gpu, data_dir, out, report):
+def main(preset, gpu, data_dir, out, made_with, report):
     torch.set_num_threads(1)
-    study = Study(preset, out, data_dir, dtl.find_device(gpu, "float32"))
+    made_with = tuple(made_with.split(",")) if made_with else ()
+    study = Study(preset, out, data_dir, dtl.find_device(gpu, "float32"), made_with)
     study.report() if report else study.work()
 
 

@@ -46,7 +46,7 @@ class Member(nn.Module):
         x, held = (torch.cat([net.eval().every_layer(dtl.normalise(images)) for images in split.split(500)])
                    for split in (part.x, part.x_test))
         n, width, onehot = *x.shape, torch.eye(part.classes, device=device)[part.y]
-        self.norm = nn.BatchNorm1d(width, eps=1e-4, momentum=1.0, affine=False)
+        self.norm = nn.BatchNorm1d(width, eps=1e-4, momentum=1.0, affine=False, device=device)
         x, held = self.norm(x), self.norm.eval()(held)
         self.head = nn.Linear(width, part.classes, bias=False, device=device)
         ridges = [torch.linalg.solve(x.T @ x + n * strength * torch.eye(width, device=device), x.T @ onehot)
