@@ -153,13 +153,36 @@ class Study:
                     return
                 time.sleep(0.5)
 
+    def trials(self):
+        """The table of trials: what each costs, and what the sceptic gets out of it."""
+        names = {(m, w): f"{m} {w}" for m, weights in TRIALS.items() for w in weights}
+        records = []
+        for s in VALIDATION:
+            models = [(self.run(s), m, m) for m in ("oracle", "transferred")]
+            models += [(self.run(s, f"{m}={w}"), f"disposed:{m}", name) for (m, w), name in names.items()]
+            for run, model, name in models:
+                found = [self.known(run, model, "target_accuracy")]
+                found += [self.results.get(sceptic.key(run, model, task)) for task in dtl.PIGGYBACK_TASKS]
+                records += [record | dict(model=name) for record in found if record]
+        rows = dtl.Rows(records, ["oracle", "transferred", *names.values()])
+        lines = [["method", "weight", "target %", "change", "by seed", *(f"{t}: PL %, leak" for t in
+                                                                       dtl.PIGGYBACK_TASKS), "chosen"]]
+        for key, name in {("oracle", ""): "oracle", ("transferred", ""): "transferred", **names}.items():
+            by_seed, of_task = self.costs(*key) if key in names else (), []
+            for task in dtl.PIGGYBACK_TASKS:
+                pl, leak = (rows.get(what, name, task, "worst") for what in ("pl", "leak"))
+                of_task.append(f"{dtl.cell(pl, interval=False)}, {dtl.cell(leak, '.2f', 1)}" if pl else "-")
+            lines.append([*map(str, key), dtl.cell(rows.get("target", name), interval=False),
+                          dtl.cell(rows.get("change", name), "+.1f"),
+                          ", ".join(f"{-100 * cost:+.1f}" for cost in by_seed), *of_task,
+                          "yes" * (key in names and key[1] == self.chosen(key[0]))])
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
     def report(self):
-        for method, weights in TRIALS.items():
-            for weight in weights:
-                costs = [100 * c for c in self.costs(method, weight)]
-                click.echo(f"| {method} | {weight} | {np.mean(costs):+.1f} | "
-                           f"{', '.join(f'{c:+.1f}' for c in costs)} | "
-                           f"{'chosen' * (weight == self.chosen(method))} |")
+        dtl.ATTACKERS["sceptic"] = None
+        (self.results.path.parent / "trials.md").write_text(self.trials())
+        click.echo(self.trials())
         weights = ",".join(f"{method}={self.chosen(method)}" for method in TRIALS)
         sceptic.report({s: self.run(s, weights) for s in TEST}, [*OTHERS, *(f"disposed:{m}" for m in TRIALS)])
 
