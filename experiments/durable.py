@@ -118,11 +118,13 @@ class Trials(dtl.Run):
 @click.option("--models", required=True)
 @click.option("--data-dir", type=Path, required=True)
 @click.option("--out", type=Path, default="val")
+@click.option("--made-with", default="", help="of models made elsewhere, as in 2.11.0+cu130,cuda")
 @click.option("--smoke", is_flag=True)
-def main(preset, seed, models, data_dir, out, smoke):
+def main(preset, seed, models, data_dir, out, made_with, smoke):
     torch.set_num_threads(1)
     config = dtl.Config(**dtl.PRESETS[preset] | dict(split="validation"))
     run = Trials(config, seed, data_dir, dtl.Progress(out), dtl.Results(out))
+    run.made_with = tuple(made_with.split(",")) if made_with else run.made_with
     run.measure("pretrained", "source_accuracy")
     for m in models.split(","):
         for teacher in TRIALS.get(m.removeprefix("disposed:"), Trial()).teachers:
