@@ -11,6 +11,7 @@ import contextlib
 import copy
 import fcntl
 import functools
+import json
 import sys
 import time
 import traceback
@@ -154,37 +155,46 @@ class Study:
                 time.sleep(0.5)
 
     def trials(self):
-        """The table of trials: what each costs, and what the sceptic gets out of it."""
-        names = {(m, w): f"{m} {w}" for m, weights in TRIALS.items() for w in weights}
-        records = []
-        for s in VALIDATION:
-            models = [(self.run(s), m, m) for m in ("oracle", "transferred")]
-            models += [(self.run(s, f"{m}={w}"), f"disposed:{m}", name) for (m, w), name in names.items()]
-            for run, model, name in models:
-                found = [self.known(run, model, "target_accuracy")]
-                found += [self.results.get(sceptic.key(run, model, task)) for task in dtl.PIGGYBACK_TASKS]
-                records += [record | dict(model=name) for record in found if record]
-        rows = dtl.Rows(records, ["oracle", "transferred", *names.values()])
-        lines = [["method", "weight", "target %", "change", "by seed", *(f"{t}: PL %, leak" for t in
-                                                                       dtl.PIGGYBACK_TASKS), "chosen"]]
-        for key, name in {("oracle", ""): "oracle", ("transferred", ""): "transferred", **names}.items():
-            by_seed, of_task = self.costs(*key) if key in names else (), []
-            for task in dtl.PIGGYBACK_TASKS:
-                pl, leak = (rows.get(what, name, task, "worst") for what in ("pl", "leak"))
-                of_task.append(f"{dtl.cell(pl, interval=False)}, {dtl.cell(leak, '.2f', 1)}" if pl else "-")
-            lines.append([*map(str, key), dtl.cell(rows.get("target", name), interval=False),
-                          dtl.cell(rows.get("change", name), "+.1f"),
-                          ", ".join(f"{-100 * cost:+.1f}" for cost in by_seed), *of_task,
-                          "yes" * (key in names and key[1] == self.chosen(key[0]))])
-        lines.insert(1, ["---"] * len(lines[0]))
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        """What was measured of each trial; `model` is its method and weight."""
+        models = [(s, "", m, m) for s in VALIDATION for m in ("oracle", "transferred")]
+        models += [(s, f"{method}={weight}", f"disposed:{method}", f"{method} {weight}")
+                   for s in VALIDATION for method, weights in TRIALS.items() for weight in weights]
+        for s, weights, model, name in models:
+            run = self.run(s, weights)
+            found = [self.known(run, model, "target_accuracy")]
+            found += [self.results.get(sceptic.key(run, model, task)) for task in dtl.PIGGYBACK_TASKS]
+            yield from (record | dict(model=name) for record in found if record)
 
     def report(self):
         dtl.ATTACKERS["sceptic"] = None
-        (self.results.path.parent / "trials.md").write_text(self.trials())
-        click.echo(self.trials())
+        folder, trials = self.results.path.parent / "sceptic", [*self.trials()]
+        folder.mkdir(exist_ok=True)
+        (folder / "trials.md").write_text(table(trials))
+        (folder / "trials.jsonl").write_text("".join(json.dumps(record) + "\n" for record in trials))
+        click.echo(table(trials))
         weights = ",".join(f"{method}={self.chosen(method)}" for method in TRIALS)
-        sceptic.report({s: self.run(s, weights) for s in TEST}, [*OTHERS, *(f"disposed:{m}" for m in TRIALS)])
+        models = [f"disposed:{method}" for method in dtl.METHODS if method in ("distill-fresh", *TRIALS)]
+        sceptic.report({s: self.run(s, weights) for s in TEST}, [*dtl.REFERENCES, *models])
+
+
+def table(trials):
+    """What each trial costs, in the mean and by validation seed, and what the sceptic gets out of it."""
+    names = list(dict.fromkeys(record["model"] for record in trials))
+    rows, target = dtl.Rows(trials, names), {}
+    for record in trials:
+        if record["metric"] == "target_accuracy":
+            target.setdefault(record["model"], {})[record["seed"]] = 100 * record["value"]
+    lines = [["trial", "target %", "change", "by seed", *(f"{t}: PL %, leak" for t in dtl.PIGGYBACK_TASKS)]]
+    lines.append(["---"] * len(lines[0]))
+    for name in names:
+        by_seed, of_task = [target[name][s] - target["transferred"][s] for s in target[name]], []
+        for task in dtl.PIGGYBACK_TASKS:
+            pl, leak = (rows.get(what, name, task, "worst") for what in ("pl", "leak"))
+            of_task.append(f"{dtl.cell(pl, interval=False)}, {dtl.cell(leak, '.2f', 1)}" if pl else "-")
+        lines.append([name, dtl.cell(rows.get("target", name), interval=False),
+                      dtl.cell(rows.get("change", name), "+.1f"),
+                      ", ".join(f"{change:+.1f}" for change in by_seed), *of_task])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 @click.command()
