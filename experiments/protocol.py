@@ -33,6 +33,7 @@ TRIALS = {  # those that take longest first
     "gc-fresh": (10, 20, 30), "gradient-norm-fresh": (10, 20, 30), "gc": (3, 10, 30),
     "uniform-fresh": (100, 300, 1000), "random-labels-fresh": (30, 100, 300), "uniform": (30, 100, 300)}
 FRONT = ("gc-fresh", "gradient-norm-fresh", "uniform-fresh")  # every trial of these is attacked
+ATTACKS = ("fixed", "few", "ridge", "long", "high", "low", "adamw", "rescaled", "longer", "gentle")
 OTHERS = ("oracle", "scratch", "transferred", "disposed:distill-fresh")
 DURABLE = [f"disposed:{name}" for name in ("top1", "top1-gc", "several-teachers", "second-generation",
                                            "gc-and-uniform", "few-images", "temperature-1")]
@@ -96,7 +97,7 @@ class Study:
         yield from ((*pair, target) for pair in tested)
         for task in dtl.PIGGYBACK_TASKS:
             yield from ((*pair, ("sceptic", task)) for pair in tested)
-        for attacker in ("fixed", "few", "ridge", "long", "high"):
+        for attacker in ATTACKS[:5]:
             for task in dtl.PIGGYBACK_TASKS:
                 yield from ((*pair, ("pl_accuracy", task, attacker, 0)) for pair in tested)
         first = self.run(VALIDATION[0])
@@ -107,7 +108,7 @@ class Study:
         trials += [(self.run(s), m) for s in VALIDATION for m in ("oracle", "transferred")]
         for task in dtl.PIGGYBACK_TASKS:
             yield from ((*pair, ("sceptic", task)) for pair in [*((first, m) for m in DURABLE), *trials])
-        for attacker in ("low", "adamw", "rescaled", "longer", "gentle"):
+        for attacker in ATTACKS[5:]:
             for task in dtl.PIGGYBACK_TASKS:
                 yield from ((*pair, ("pl_accuracy", task, attacker, 0)) for pair in tested)
 

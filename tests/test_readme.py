@@ -2,6 +2,7 @@
 wrote."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -235,11 +236,61 @@ def test_a_trial_of_durable_disposal_that_changes_nothing_is_the_method(tiny, tm
     assert {"few-images", "several-teachers-gc", "top1-gc"} <= target.keys()
 
 
+def test_the_protocol_chooses_on_validation_seeds_and_then_tests(tiny, tmp_path, monkeypatch):
+    """From nothing to its tables; what several share is done once; the published table is that of its trials,
+    and the preset has the weights."""
+    monkeypatch.setitem(dtl.ATTACKERS, "sceptic", None)
+    monkeypatch.setitem(dtl.PRESETS, "demo", tiny)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    protocol = importlib.import_module("protocol")
+    for module, name, value in (
+        (protocol, "VALIDATION", (100, 101)), (protocol, "TEST", (5,)), (protocol, "DURABLE", []),
+        (protocol, "FRONT", ("gc-fresh",)),
+        (protocol, "ATTACKS", ("fixed", "few")), (protocol, "TRIALS", {"gc-fresh": (1, 2), "uniform": (3, 4)}),
+        (protocol.sceptic, "SCOUT", 1), (protocol.sceptic, "MORE", 3)):
+        monkeypatch.setattr(module, name, value)
+    options = ["--preset", "demo", "--data-dir", str(tmp_path), "--out", str(tmp_path)]
+    done = [CliRunner().invoke(protocol.main, [*options, *more]) for more in ((), (), ("--report",))]
+    assert all(d.exit_code == 0 for d in done), [(d.output, d.exception) for d in done]
+    assert "seed 5 disposed:gc-fresh downstream" in done[0].output and not done[1].output
+    trials = [json.loads(line) for line in (tmp_path / "sceptic" / "trials.jsonl").read_text().splitlines()]
+    value = {(r["seed"], r["model"]): r["value"] for r in trials if r["metric"] == "target_accuracy"}
+    tested = {r["key"] for r in dtl.Results(tmp_path).values()}
+    for method, weights in protocol.TRIALS.items():
+        cost = {w: sum(value[s, "transferred"] - value[s, f"{method} {w}"] for s in (100, 101)) / 2 for w in weights}
+        chosen = max((w for w in weights if cost[w] <= 0.01), default=min(weights))
+        config = dtl.Config(**tiny | dict(weights=f"{method}={chosen}"))
+        run = dtl.Run(config, 5, tmp_path, dtl.Progress(), dtl.Results(tmp_path))
+        assert run.number(f"disposed:{method}", "pl_accuracy", "downstream", "few", 0)[0]["key"] in tested
+    report = (tmp_path / "sceptic" / "report.md").read_text()
+    assert "3 attackers (fixed, few, sceptic)" in report and "seeds 5;" in report
+    assert re.search(r"^\| gc-fresh +\| [\d.]+ +\| [+-]", report, re.M)
+
+
+def test_trials_are_those_published_and_the_preset_has_the_weights(monkeypatch):
+    monkeypatch.setitem(dtl.ATTACKERS, "sceptic", None)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    protocol, folder = importlib.import_module("protocol"), ROOT / "experiments" / "protocol"
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    written = protocol.table(trials)
+    assert written == (folder / "trials.md").read_text()
+    assert written in (ROOT / "experiments" / "README.md").read_text()
+    mean = {}
+    for r in trials:
+        if r["metric"] == "target_accuracy":
+            mean[r["model"]] = mean.get(r["model"], 0) + r["value"] / len(protocol.VALIDATION)
+    chosen = dtl.Config(**dtl.PRESETS["cifar-cpu"]).weight_of()
+    assert chosen.keys() == protocol.TRIALS.keys()
+    for method, weights in protocol.TRIALS.items():
+        passed = [w for w in weights if mean["transferred"] - mean[f"{method} {w}"] <= protocol.MOST]
+        assert chosen[method] == max(passed, default=min(weights))
+
+
 def test_evidence_in_the_docstring_is_the_reports():
     """Every figure of a model's line is one of its line in the report."""
-    report = (ROOT / "experiments" / "cifar-cpu" / "report.md").read_text()
+    report = (ROOT / "experiments" / "protocol" / "report.md").read_text()
     lines = re.findall(r"^    (oracle|transferred|uniform|gc|[a-z-]+-fresh) {2,}(.*)", dtl.__doc__, re.M)
-    assert len(lines) == 8
+    assert len(lines) == 9
     for model, figures in lines:
         known = " ".join(re.findall(rf"^\| {model} .*", report, re.M))
         for figure in figures.split():
