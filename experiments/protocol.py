@@ -179,22 +179,24 @@ class Study:
 
 
 def table(trials):
-    """What each trial costs, in the mean and by validation seed, and what the sceptic gets out of it."""
+    """What each trial costs, in the mean and by validation seed, and what the strongest attacker, and the fixed
+    one if it is among them, get out of it."""
     names = list(dict.fromkeys(record["model"] for record in trials))
     rows, target = dtl.Rows(trials, names), {}
     for record in trials:
         if record["metric"] == "target_accuracy":
             target.setdefault(record["model"], {})[record["seed"]] = 100 * record["value"]
-    lines = [["trial", "target %", "change", "by seed", *(f"{t}: PL %, leak" for t in dtl.PIGGYBACK_TASKS)]]
+    kinds = [(task, kind) for task in dtl.PIGGYBACK_TASKS for kind in ("worst", "fixed")
+             if kind == "worst" or kind in rows.attackers]
+    lines = [["trial", "target %", "change", "by seed", *(f"{task}: {kind} PL %, leak" for task, kind in kinds)]]
     lines.append(["---"] * len(lines[0]))
     for name in names:
-        by_seed, of_task = [target[name][s] - target["transferred"][s] for s in target[name]], []
-        for task in dtl.PIGGYBACK_TASKS:
-            pl, leak = (rows.get(what, name, task, "worst") for what in ("pl", "leak"))
-            of_task.append(f"{dtl.cell(pl, interval=False)}, {dtl.cell(leak, '.2f', 1)}" if pl else "-")
+        changes = (target[name][s] - target["transferred"][s] for s in target[name])
         lines.append([name, dtl.cell(rows.get("target", name), interval=False),
-                      dtl.cell(rows.get("change", name), "+.1f"),
-                      ", ".join(f"{change:+.1f}" for change in by_seed), *of_task])
+                      dtl.cell(rows.get("change", name), "+.1f"), ", ".join(f"{c:+.1f}" for c in changes)])
+        for of_task in kinds:
+            pl, leak = (rows.get(what, name, *of_task) for what in ("pl", "leak"))
+            lines[-1].append(f"{dtl.cell(pl, interval=False)}, {dtl.cell(leak, '.2f', 1)}" if pl else "-")
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
