@@ -179,8 +179,8 @@ class Study:
 
 
 def table(trials):
-    """What each trial costs, in the mean and by validation seed, and what the strongest attacker, and the fixed
-    one if it is among them, get out of it."""
+    """What each trial costs, in the mean and by validation seed, and what the strongest attacker, and the
+    fixed one if it is among them, get out of it."""
     names = list(dict.fromkeys(record["model"] for record in trials))
     rows, target = dtl.Rows(trials, names), {}
     for record in trials:
@@ -188,7 +188,7 @@ def table(trials):
             target.setdefault(record["model"], {})[record["seed"]] = 100 * record["value"]
     kinds = [(task, kind) for task in dtl.PIGGYBACK_TASKS for kind in ("worst", "fixed")
              if kind == "worst" or kind in rows.attackers]
-    lines = [["trial", "target %", "change", "by seed", *(f"{task}: {kind} PL %, leak" for task, kind in kinds)]]
+    lines = [["trial", "target %", "change", "by seed", *(f"{t}: {kind} PL %, leak" for t, kind in kinds)]]
     lines.append(["---"] * len(lines[0]))
     for name in names:
         changes = (target[name][s] - target["transferred"][s] for s in target[name])
