@@ -202,7 +202,7 @@ def test_short_tables_say_what_their_reports_say():
     text = (ROOT / "experiments" / "README.md").read_text()
     pattern = r"^\| (?:five seeds|validation seed 100) \|.*\n\|[-|]+\n((?:\|.*\n)+)(?:.*\n)*?.*\[report.md\]\((.*?)\)"
     found = re.findall(pattern, text, re.M)
-    assert [folder.split("/")[0] for _, folder in found] == ["cifar-cpu-gpu", "durable-2", "durable-3"]
+    assert [folder.split("/")[0] for _, folder in found] == ["protocol", "cifar-cpu-gpu", "durable-2", "durable-3"]
     for rows, report in found:
         tables = parsed((ROOT / "experiments" / report).read_text().splitlines())
         tables = [tables[task] for task in dtl.PIGGYBACK_TASKS]
