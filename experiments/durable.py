@@ -36,6 +36,8 @@ TRIALS = {
     "uniform-1000": Trial(uniform=1000),
     "top1": Trial(top1=True),
     "few-images": Trial(per_class=50),
+    "fewer-images": Trial(per_class=10),
+    "few-images-gc": Trial(gc=30, per_class=50),
     "gc-and-uniform": Trial(gc=30, uniform=100),
     "top1-gc": Trial(gc=30, top1=True),
     "several-teachers": Trial(teachers=SEVERAL),
