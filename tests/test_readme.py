@@ -270,11 +270,13 @@ def test_the_protocol_chooses_on_validation_seeds_and_then_tests(tiny, tmp_path,
 def test_trials_are_those_published_and_the_preset_has_the_weights(monkeypatch):
     monkeypatch.setitem(dtl.ATTACKERS, "sceptic", None)
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    protocol, folder = importlib.import_module("protocol"), ROOT / "experiments" / "protocol"
-    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
-    written = protocol.table(trials)
-    assert written == (folder / "trials.md").read_text()
-    assert written in (ROOT / "experiments" / "README.md").read_text()
+    protocol = importlib.import_module("protocol")
+    for folder in ("ablation", "protocol"):
+        at = ROOT / "experiments" / folder
+        trials = [json.loads(line) for line in (at / "trials.jsonl").read_text().splitlines()]
+        written = protocol.table(trials)
+        assert written == (at / "trials.md").read_text()
+        assert written in (ROOT / "experiments" / "README.md").read_text()
     mean = {}
     for r in trials:
         if r["metric"] == "target_accuracy":
@@ -284,6 +286,18 @@ def test_trials_are_those_published_and_the_preset_has_the_weights(monkeypatch):
     for method, weights in protocol.TRIALS.items():
         passed = [w for w in weights if mean["transferred"] - mean[f"{method} {w}"] <= protocol.MOST]
         assert chosen[method] == max(passed, default=min(weights))
+
+
+def test_the_ablation_measures_each_variant_as_a_model_of_its_own(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(dtl.PRESETS, "demo", tiny)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    ablation = importlib.import_module("ablation")
+    monkeypatch.setattr(ablation, "VARIANTS", dict([*ablation.VARIANTS.items()][i] for i in (0, 3, 4)))
+    options = ["--preset", "demo", "--data-dir", str(tmp_path), "--out", str(tmp_path)]
+    done = CliRunner().invoke(ablation.main, options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert len(list((tmp_path / "checkpoints").glob("disposed-gc-*.pt"))) == 3
+    assert re.search(r"^\| cos fresh 2 x 16, 10 \| [\d.]+ \|", done.output, re.M)
 
 
 def test_evidence_in_the_docstring_is_the_reports():
