@@ -117,7 +117,7 @@ class Trials(dtl.Run):
 @click.command()
 @click.option("--preset", default="cifar-cpu")
 @click.option("--seed", default=100)
-@click.option("--models", required=True)
+@click.option("--models", required=True, help="MODEL,MODEL,...; none: the tables of what is there")
 @click.option("--data-dir", type=Path, required=True)
 @click.option("--out", type=Path, default="val")
 @click.option("--made-with", default="", help="of models made elsewhere, as in 2.11.0+cu130,cuda")
@@ -128,7 +128,7 @@ def main(preset, seed, models, data_dir, out, made_with, smoke):
     run = Trials(config, seed, data_dir, dtl.Progress(out), dtl.Results(out))
     run.made_with = tuple(made_with.split(",")) if made_with else run.made_with
     run.measure("pretrained", "source_accuracy")
-    for m in models.split(","):
+    for m in filter(None, models.split(",")):
         for teacher in TRIALS.get(m.removeprefix("disposed:"), Trial()).teachers:
             run.model(teacher)  # a stage of its own, not within this one
         found = run.measure(m, "target_accuracy")
