@@ -202,15 +202,15 @@ def test_short_tables_say_what_their_reports_say():
     text = (ROOT / "experiments" / "README.md").read_text()
     pattern = r"^\| (?:five seeds|validation seed 100) \|.*\n\|[-|]+\n((?:\|.*\n)+)(?:.*\n)*?.*\[report.md\]\((.*?)\)"
     found = re.findall(pattern, text, re.M)
-    assert [folder.split("/")[0] for _, folder in found] == ["protocol", "cifar-cpu-gpu", "durable-2", "durable-3"]
+    assert [folder.split("/")[0] for _, folder in found] == ["protocol", "cifar-cpu-gpu", "durable-2", "durable-3", "durable-4"]
     for rows, report in found:
         tables = parsed((ROOT / "experiments" / report).read_text().splitlines())
         tables = [tables[task] for task in dtl.PIGGYBACK_TASKS]
         rows = [cells(row) for row in rows.splitlines()]
         assert len(rows) >= 5 and all({row[0] for row in rows} == table.keys() for table in tables)
         for name, target, *by_task in rows:
-            full = [table[name] for table in tables]
-            assert by_task == [f"{f['worst PL %'].split()[0]}, {f['worst leak']}" for f in full], name
+            full = [{column.removeprefix("worst "): f for column, f in table[name].items()} for table in tables]
+            assert by_task == [f"{f['PL %'].split()[0]}, {f['leak']}" for f in full], name
             assert target in (full[0]["target %"], f"{full[0]['target %']} ({full[0]['change']})"), name
 
 
