@@ -1,4 +1,4 @@
-"""The native Gram routine and gradient_stats: every path of the C code = the naive loop = torch = the exact value."""
+"""The native Gram routine and gradient_stats: every path, the naive loop, torch, exact values."""
 
 import ctypes
 import math
@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,62 +23,59 @@ import dtl
 
 ROOT = Path(dtl.__file__).resolve().parent
 MODULE, STATE = dtl.native_routine()
-REQUIRED = os.environ.get("DTL_REQUIRE_NATIVE") == "1"  # CI: what is not built must fail, not be skipped
+REQUIRED = os.environ.get("DTL_REQUIRE_NATIVE") == "1"  # CI: not built is a failure, not a skip
 AUTO, GENERIC, FMA, AVX512, NAIVE = range(5)
 PATHS = list(range(GENERIC, MODULE.lib.gc_best_path() + 1)) if MODULE else [GENERIC]
 BACKENDS = ["native", "torch"] if MODULE or REQUIRED else ["torch"]
 DTYPES = [torch.float32, torch.float64]
 LIMIT = {torch.float32: 1e-7, torch.float64: 1e-14}  # of |g_i||g_j|, against the exact value
 ROUNDING = 1e-13  # between two ways of adding the same few thousand products, of |g_i||g_j|
-needs_native = pytest.mark.skipif(MODULE is None and not REQUIRED, reason=f"native routine: {STATE}")
+ONES = torch.ones(2)
 KINDS = ["normal", "constant", "zero", "repeat", "cancel", "huge", "tiny", "spike"]
+needs_native = pytest.mark.skipif(MODULE is None and not REQUIRED, reason=f"native: {STATE}")
+each_path = pytest.mark.parametrize("path", PATHS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+# The values are about the C code's block sizes.
+VALUES = st.one_of(st.integers(0, 40), st.integers(120, 140), st.integers(250, 530))
 
 
-CHUNKS = st.integers(1, 40)
-FEW_CHUNKS = st.integers(1, 9)
-VALUES = st.one_of(st.integers(0, 40), st.integers(120, 140), st.integers(250, 530))  # about the C code's block sizes
+def changed(row, before, kind, random):
+    """A row of a kind that goes wrong; `before` is the one above it."""
+    if kind == "spike" and len(row):
+        row[int(torch.randint(len(row), (), generator=random))] = 1e7
+    parallel = dict(repeat=before, cancel=-before * (1 + 1e-7 * row))
+    scale = dict(zero=0.0, huge=1e15, tiny=1e-15).get(kind, 1.0)
+    return torch.full_like(row, 0.1) if kind == "constant" else parallel.get(kind, row * scale)
 
 
 @st.composite
-def gradients(draw, n=CHUNKS, p=VALUES):
-    """Rows (n, p) of the kinds that go wrong: parallel, nearly opposite, 1e15 beside 1e-15, one value above all."""
-    n, p, dtype = draw(n), draw(p), draw(st.sampled_from(DTYPES))
+def gradients(draw, n=40):
+    """1 to n rows (p,): parallel, nearly opposite, 1e15 beside 1e-15, one value above all."""
+    n, p, dtype = draw(st.integers(1, n)), draw(VALUES), draw(st.sampled_from(DTYPES))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     rows = torch.randn(n, p, dtype=torch.float64, generator=random)
     for i, kind in enumerate(draw(st.lists(st.sampled_from(KINDS), min_size=n, max_size=n))):
-        before = rows[max(i - 1, 0)].clone()
-        if kind == "constant":
-            rows[i] = 0.1 * (i + 1)
-        elif kind == "zero":
-            rows[i] = 0
-        elif kind == "repeat":
-            rows[i] = before
-        elif kind == "cancel":
-            rows[i] = -before * (1 + 1e-7 * rows[i])
-        elif kind in ("huge", "tiny"):
-            rows[i] *= 1e15 if kind == "huge" else 1e-15
-        elif kind == "spike" and p:
-            rows[i, int(torch.randint(p, (), generator=random))] = 1e7
+        rows[i] = changed(rows[i].clone(), rows[i - 1].clone(), kind, random)
     return rows.to(dtype)
 
 
-def split(rows, *cuts):
-    """The chunks' gradients of a model with len(cuts) + 1 parameters."""
-    return [list(row.tensor_split(cuts)) for row in rows]
-
-
-def gram_by(path, rows, threads=2):
-    """The C function itself, on a list of contiguous tensors or None."""
+def gram_by(path, rows, threads=2, gram=None):
+    """The C function itself, on a list of contiguous tensors or None; adds into gram."""
     some = next(row for row in rows if row is not None)
     pointers = torch.tensor([0 if row is None else row.data_ptr() for row in rows])
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    cast = MODULE.ffi.cast
-    function = MODULE.lib.gc_gram_f32 if some.dtype == torch.float32 else MODULE.lib.gc_gram_f64
-    code = function(
-        cast("void **", pointers.data_ptr()), len(rows), some.numel(), threads, path, cast("double *", gram.data_ptr())
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64) if gram is None else gram
+    function = getattr(MODULE.lib, "gc_gram_f32" if some.dtype == torch.float32 else "gc_gram_f64")
+    rows_c, gram_c = (
+        MODULE.ffi.cast(kind, tensor.data_ptr())
+        for kind, tensor in (("void **", pointers), ("double *", gram))
     )
-    assert code == 0
+    assert function(rows_c, len(rows), some.numel(), threads, path, gram_c) == 0
     return gram
+
+
+def gram_of(rows, backend):
+    return dtl.gradient_stats(list(rows), backend)["gram"]
 
 
 def assert_gram_close(actual, expected, limit=ROUNDING):
@@ -87,13 +85,19 @@ def assert_gram_close(actual, expected, limit=ROUNDING):
 
 def assert_exact_within(gram, rows, limit):
     """In integers: every float is a whole number of 2^-1074."""
-    whole = [[int(a) * (2**1074 // b) for a, b in map(float.as_integer_ratio, row)] for row in rows.double().tolist()]
+    ratios = [[value.as_integer_ratio() for value in row] for row in rows.double().tolist()]
+    whole = [[a * (2**1074 // b) for a, b in row] for row in ratios]
     exact = [[sum(x * y for x, y in zip(a, b, strict=True)) for b in whole] for a in whole]
     for i, row in enumerate(gram.tolist()):
         for j, value in enumerate(row):
             top, bottom = value.as_integer_ratio()
             error = abs(top * 2**2148 - exact[i][j] * bottom)  # over bottom * 2^2148
-            assert error * round(1 / limit) <= math.isqrt(exact[i][i] * exact[j][j]) * bottom, (i, j, value)
+            allowed = math.isqrt(exact[i][i] * exact[j][j]) * bottom
+            assert error * round(1 / limit) <= allowed, (i, j, value)
+
+
+def normal(n, p, seed, dtype=torch.float32):
+    return torch.randn(n, p, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def test_native_routine_is_there_where_ci_says_so():
@@ -101,29 +105,29 @@ def test_native_routine_is_there_where_ci_says_so():
     assert STATE in ("generic", "fma", "avx512") if MODULE else STATE.startswith("not built (")
 
 
-# What must be equal
+# ---- What must be equal ----
 
 
 @needs_native
-@pytest.mark.parametrize("path", PATHS)
+@each_path
 @given(rows=gradients())
 def test_every_path_equals_the_naive_loop(path, rows):
     assert_gram_close(gram_by(path, list(rows)), gram_by(NAIVE, list(rows)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(rows=gradients(n=st.integers(1, 5)))
+@each_backend
+@given(rows=gradients(n=5))
 @settings(max_examples=50)
 def test_accuracy_against_the_exact_value(backend, rows):
-    assert_exact_within(dtl.gradient_stats(split(rows), backend).gram, rows, LIMIT[rows.dtype])
+    assert_exact_within(gram_of(rows, backend), rows, LIMIT[rows.dtype])
 
 
 @needs_native
-@pytest.mark.parametrize("path", PATHS)
+@each_path
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e15 / 7, 1e-15 / 7])
 def test_accuracy_of_long_constant_rows(path, dtype, value):
-    """The case that a plain sum gets worst: every addition rounds the same way (a plain float64 sum: 1e-12)."""
+    """The worst case for a plain sum: every addition rounds the same way (in float64: 1e-12)."""
     p = 300_001
     row = torch.full((p,), value, dtype=dtype)
     gram = gram_by(path, [row, -row])
@@ -136,176 +140,163 @@ def test_accuracy_of_long_constant_rows(path, dtype, value):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_longer_than_one_run_of_plain_additions(threads):
     p = 2 * 2**22 * threads + 3  # RUN in the C file, twice in every thread
-    assert gram_by(AUTO, [torch.ones(p), torch.full((p,), 2.0)], threads).tolist() == [[p, 2 * p], [2 * p, 4 * p]]
+    gram = gram_by(AUTO, [torch.ones(p), torch.full((p,), 2.0)], threads)
+    assert gram.tolist() == [[p, 2 * p], [2 * p, 4 * p]]
 
 
 @needs_native
-@pytest.mark.parametrize("path", PATHS)
+@each_path
 def test_float_rows_whose_squares_leave_the_range_of_float(path):
-    big, small = torch.full((1000,), 3e38), torch.full((1000,), 1e-45)
-    gram = gram_by(path, [big, small])
-    expected = [[1000 * big[0].item() ** 2, 1000 * big[0].item() * small[0].item()], [0, 1000 * small[0].item() ** 2]]
-    assert gram[0].tolist() == pytest.approx(expected[0], rel=1e-14)
-    assert gram[1, 1].item() == pytest.approx(expected[1][1], rel=1e-14)
+    rows = [torch.full((1000,), 3e38), torch.full((1000,), 1e-45)]
+    big, small = (row[0].item() for row in rows)
+    expected = [1000 * big * big, 1000 * big * small, 1000 * big * small, 1000 * small * small]
+    assert gram_by(path, rows).flatten().tolist() == pytest.approx(expected, rel=1e-14, abs=0)
 
 
-@given(rows=gradients(), seed=st.integers(0, 2**32))
-def test_native_equals_torch_in_every_field(rows, seed):
-    chunks = split(rows, rows.shape[1] // 3)
-    stats = [dtl.gradient_stats(chunks, backend) for backend in BACKENDS]
-    for other in stats[1:]:
-        assert_gram_close(stats[0].gram, other.gram)
-        assert torch.allclose(stats[0].cosine, other.cosine, rtol=0, atol=1e-12)
-        assert torch.allclose(stats[0].norms, other.norms, rtol=1e-12)
-        for name in ("mean_cosine", "min_cosine", "max_cosine"):
-            assert getattr(stats[0], name) == pytest.approx(getattr(other, name), abs=1e-12)
+# ---- Properties ----
 
 
-# Properties
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @given(rows=gradients())
-def test_symmetric_positive_semidefinite_and_cosines_within_one(backend, rows):
-    stats = dtl.gradient_stats(split(rows), backend)
-    assert torch.equal(stats.gram, stats.gram.T)
-    assert (stats.cosine.abs() <= 1 + 1e-12).all()
-    assert torch.linalg.eigvalsh(stats.cosine)[0] >= -1e-12 * len(rows)
-    nonzero = stats.norms > 0
-    assert torch.allclose(stats.cosine.diagonal(), nonzero.double(), rtol=0, atol=1e-12)
-    assert (stats.cosine[~nonzero] == 0).all()
+def test_the_gram_is_the_plain_product_and_the_rest_follows_from_it(backend, rows):
+    stats, n, wide = dtl.gradient_stats(rows, backend), len(rows), rows.double()
+    gram, norms = stats["gram"], stats["gram"].diagonal().sqrt()
+    assert torch.equal(gram, gram.T) and gram.dtype == torch.float64
+    assert_gram_close(gram, wide @ wide.T)
+    cosine = torch.where(gram == 0, 0.0, gram / (norms[:, None] * norms))
+    assert torch.linalg.eigvalsh(cosine)[0] >= -1e-12 * n
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    dot = math.fsum(gram[i, j].item() for i, j in pairs) / max(1, len(pairs))
+    cos = math.fsum(cosine[i, j].item() for i, j in pairs) / max(1, len(pairs))
+    assert stats["gc_cos"] == pytest.approx(cos, abs=1e-12)
+    assert stats["squared_norm"] == pytest.approx(norms.square().mean().item(), rel=1e-12)
+    assert stats["gc_dot"] == pytest.approx(dot, abs=1e-12 * stats["squared_norm"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@needs_native
 @given(rows=gradients(), data=st.data())
-def test_permuted_chunks_permute_the_gram(backend, rows, data):
-    order = data.draw(st.permutations(range(len(rows))))
-    gram = dtl.gradient_stats(split(rows), backend).gram
-    assert_gram_close(dtl.gradient_stats(split(rows[order]), backend).gram, gram[order][:, order])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(rows=gradients(), data=st.data())
-def test_parameter_lists_joined_add_their_grams(backend, rows, data):
+def test_columns_called_in_parts_add_up_in_the_gram(rows, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, rows.shape[1]), max_size=4)))
-    parts = split(rows, *cuts)
-    summed = sum(dtl.gradient_stats([[chunk[k]] for chunk in parts], backend).gram for k in range(len(cuts) + 1))
-    assert_gram_close(dtl.gradient_stats(parts, backend).gram, summed)
-    assert_gram_close(summed, dtl.gradient_stats(split(rows), backend).gram)
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in rows.tensor_split(cuts, 1):
+        gram_by(AUTO, list(part.contiguous()), gram=gram)
+    assert_gram_close(gram, gram_by(NAIVE, list(rows)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @given(rows=gradients(), exponent=st.integers(-20, 20))
 def test_scaling_by_a_power_of_two_is_exact(backend, rows, exponent):
-    gram = dtl.gradient_stats(split(rows), backend).gram
-    assert torch.equal(dtl.gradient_stats(split(rows * 2.0**exponent), backend).gram, gram * 4.0**exponent)
+    scaled = gram_of(rows * 2.0**exponent, backend)
+    assert torch.equal(scaled, gram_of(rows, backend) * 4.0**exponent)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(rows=gradients(n=FEW_CHUNKS), offset=st.integers(0, 63))
-def test_rows_may_start_at_any_byte(backend, rows, offset):
-    moved = []
+@needs_native
+@given(rows=gradients(n=9), offset=st.integers(0, 63))
+def test_rows_may_start_at_any_byte(rows, offset):
+    moved, size = [], rows[0].numel() * rows.element_size()
     for row in rows:
-        buffer = ctypes.create_string_buffer(row.numel() * row.element_size() + 64)
-        ctypes.memmove(ctypes.addressof(buffer) + offset, row.data_ptr(), row.numel() * row.element_size())
-        if row.numel():
+        buffer = ctypes.create_string_buffer(size + 64)
+        ctypes.memmove(ctypes.addressof(buffer) + offset, row.data_ptr(), size)
+        if size:
             row = torch.frombuffer(buffer, dtype=rows.dtype, count=row.numel(), offset=offset)
-        moved.append([row])
-    if backend == "torch":  # torch's own copies want whole elements
-        moved = [[row.clone()] for row in rows] if offset % rows.element_size() else moved
-    assert_gram_close(dtl.gradient_stats(moved, backend).gram, dtl.gradient_stats(split(rows), backend).gram)
+        moved.append(row)
+    assert_gram_close(gram_of(moved, "native"), gram_of(rows, "native"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_rows_mixed_shapes_and_mixed_dtypes(backend):
-    random = torch.Generator().manual_seed(0)
-    wide = torch.randn(5, 6, 8, generator=random)
-    chunks = [[g[:, ::2], g.T, g[0, :0], g[0, 0].double(), g.expand(3, 6, 8), g.requires_grad_()] for g in wide.clone()]
-    plain = torch.stack([torch.cat([g.detach().double().reshape(-1) for g in chunk]) for chunk in chunks])
-    assert_gram_close(dtl.gradient_stats(chunks, backend).gram, plain @ plain.T)
+@each_backend
+def test_strided_negated_and_differentiable_rows(backend):
+    wide = normal(6, 40, 0).requires_grad_()
+    negated = torch.view_as_complex(normal(20, 2, 1)).conj().imag  # a view with the negative bit
+    rows = [wide[0, ::2], wide[1, 0].expand(20), wide.T[:20, 2], negated]
+    plain = torch.stack([row.detach().clone() for row in rows]).double()
+    assert negated.is_neg() and not rows[0].is_contiguous()
+    assert_gram_close(gram_of(rows, backend), plain @ plain.T)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_none_is_a_zero_gradient(backend):
-    a, b = torch.ones(700), torch.full((3,), 2.0)
-    stats = dtl.gradient_stats([[None, None, None], [None, -b, None], [a, b, None]], backend)
-    assert stats.gram.tolist() == [[0, 0, 0], [0, 12, -12], [0, -12, 712]]
-    assert stats.cosine[0].tolist() == [0, 0, 0]
+@needs_native
+@each_path
+def test_a_null_row_is_a_zero_gradient(path):
+    a, b = torch.ones(700), torch.full((700,), -2.0)
+    gram = gram_by(path, [None, a, None, b])
+    assert gram.tolist() == [[0] * 4, [0, 700, 0, -1400], [0] * 4, [0, -1400, 0, 2800]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n, p", [(3, 5), (33, 300), (5, 140_000)])
 def test_infinity_and_nan_spread_as_in_torch(backend, dtype, n, p):
-    rows = torch.randn(n, p, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    rows = normal(n, p, 1, dtype)
     rows[0, p // 2], rows[1, p - 1], rows[2, 0] = math.inf, -math.inf, math.nan
-    expected = torch.tensor([[(a.double() * b.double()).sum().item() for b in rows[:4]] for a in rows])
-    gram = dtl.gradient_stats(split(rows), backend).gram[:, :4]
+    wide = rows.double()
+    expected = torch.stack([(row * wide[:4]).sum(1) for row in wide])
+    gram = gram_of(rows, backend)[:, :4]
     assert torch.equal(gram.isnan(), expected.isnan())
     special = ~expected.isfinite() & ~expected.isnan()
-    assert special.any() and torch.equal(gram[special], expected[special].double())
+    assert special.any() and torch.equal(gram[special], expected[special])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_the_numbers_of_a_small_case(backend):
-    stats = dtl.gradient_stats(
-        [[torch.tensor([3.0, 4.0])], [torch.tensor([-4.0, 3.0])], [torch.tensor([-3.0, 0.0])]], backend
-    )
-    assert stats.gram.tolist() == [[25, 0, -9], [0, 25, 12], [-9, 12, 9]]
-    assert stats.norms.tolist() == [5, 5, 3]
-    assert stats.mean_dot == pytest.approx(1)
-    assert stats.mean_cosine == pytest.approx((-0.6 + 0.8) / 3)
-    assert (stats.min_cosine, stats.max_cosine) == pytest.approx((-0.6, 0.8))
-    assert stats.collision_rate == pytest.approx(1 / 3)
-    assert stats.backend == backend
+    rows = [torch.tensor(row) for row in ([3.0, 4.0], [-4.0, 3.0], [-3.0, 0.0], [0.0, 0.0])]
+    stats = dtl.gradient_stats(rows, backend)
+    assert set(stats) == {"gram", "gc_dot", "gc_cos", "squared_norm"}
+    assert stats["gram"].tolist() == [[25, 0, -9, 0], [0, 25, 12, 0], [-9, 12, 9, 0], [0] * 4]
+    assert stats["gc_dot"] == pytest.approx((-9 + 12) / 6)
+    assert stats["gc_cos"] == pytest.approx((-0.6 + 0.8) / 6)
+    assert stats["squared_norm"] == pytest.approx((25 + 25 + 9) / 4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("chunks", [[[torch.ones(3)]], [[torch.ones(0)]], [[]], [[None]]])
-def test_one_chunk_has_no_pairs(backend, chunks):
-    stats = dtl.gradient_stats(chunks, backend)
-    assert (stats.mean_dot, stats.mean_cosine, stats.min_cosine, stats.max_cosine, stats.collision_rate) == (0,) * 5
-    assert stats.gram.shape == stats.cosine.shape == (1, 1)
+@each_backend
+@pytest.mark.parametrize("length", [3, 0])
+def test_one_chunk_has_no_pairs(backend, length):
+    stats = dtl.gradient_stats([torch.ones(length)], backend)
+    assert stats == dict(gram=torch.tensor([[length]]), gc_dot=0, gc_cos=0, squared_norm=length)
 
 
-# Which backend, and what is refused
+# ---- Which backend, and what is refused ----
 
 
-def test_the_backend_is_chosen_and_told(monkeypatch):
-    chunks = [[torch.ones(2)], [torch.ones(2)]]
-    assert dtl.gradient_stats(chunks).backend == BACKENDS[0]
-    assert dtl.gradient_stats(chunks, "torch").backend == "torch"
-    monkeypatch.setattr(dtl, "native_routine", lambda: (None, "not built (optional)"))
-    assert dtl.gradient_stats(chunks).backend == "torch"
-    with pytest.raises(RuntimeError, match="build_native.py"):
-        dtl.gradient_stats(chunks, "native")
+def test_the_backend_is_chosen_and_its_error_told(monkeypatch):
+    nothing, failing = lambda *_: None, SimpleNamespace(gc_gram_f32=lambda *_: -5)
+    module = SimpleNamespace(lib=failing, ffi=SimpleNamespace(cast=nothing, new=nothing))
+    monkeypatch.setattr(dtl, "native_routine", lambda: (module, "fma"))
+    for backend in ("auto", "native"):
+        with pytest.raises(RuntimeError, match="error -5 for 3 rows of 2"):
+            dtl.gradient_stats([ONES] * 3, backend)
+    assert gram_of([ONES] * 3, "torch").unique().tolist() == [2]
+    monkeypatch.setattr(dtl, "native_routine", lambda: (None, "not built (why; optional)"))
+    assert gram_of([ONES] * 3, "auto").unique().tolist() == [2]
+    with pytest.raises(ValueError, match=r"backend 'native' for 3 .* not built \(why"):
+        dtl.gradient_stats([ONES] * 3, "native")
 
 
-@pytest.mark.parametrize("chunks, message", [
-    ([], "one or more chunks"),
-    ([[torch.ones(2)], [torch.ones(2), torch.ones(2)]], "as many gradients each"),
-    ([[torch.ones(2)], [torch.ones(3)]], "parameter 0: .* differ in shape"),
-    ([[torch.ones(2)], [torch.ones(2).double()]], "parameter 0: .* dtype"),
-    ([[torch.ones(2).half()]], "float32 or float64"),
-    ([[torch.ones(2).to_sparse()]], "dense"),
-    ([[torch.ones(2), torch.ones(2, device="meta")]], "one device"),
-])  # fmt: skip
-def test_wrong_input_is_refused_with_what_was_seen(chunks, message):
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "vectors .* are needed, not set"),
+        ([ONES, torch.ones(3)], "of one kind are needed, not .*2.*3|of one kind .*3.*2"),
+        ([ONES, ONES.double()], "of one kind"),
+        ([ONES.half()], "float32 or float64"),
+        ([torch.ones(2, 2)], r"vectors \(p,\)"),
+        ([torch.tensor(1.0)], r"vectors \(p,\)"),
+        ([ONES, torch.ones(2, device="meta")], "of one kind"),
+    ],
+)
+def test_wrong_input_is_refused_with_what_was_seen(rows, message):
     with pytest.raises(ValueError, match=message):
-        dtl.gradient_stats(chunks)
-    with pytest.raises(ValueError, match="choose auto, native or torch"):
-        dtl.gradient_stats([[torch.ones(2)]], "numpy")
+        dtl.gradient_stats(rows)
+    with pytest.raises(ValueError, match="backend 'numpy'"):
+        dtl.gradient_stats([ONES], "numpy")
 
 
 @needs_native
-def test_native_by_name_refuses_what_is_not_on_the_cpu_and_too_many_chunks():
-    with pytest.raises(ValueError, match="1 chunks on .*meta.*the CPU"):
-        dtl.gradient_stats([[torch.ones(2, device="meta")]], "native")
-    many = [[torch.ones(2)]] * 1025
-    with pytest.raises(ValueError, match="1025 chunks .*n <= 1024"):
-        dtl.gradient_stats(many, "native")
-    assert dtl.gradient_stats(many).backend == "torch"
-    assert dtl.gradient_stats(many[:1024], "native").gram.unique().tolist() == [2]
+def test_native_by_name_refuses_what_is_not_on_the_cpu_and_too_many_rows():
+    with pytest.raises(ValueError, match="backend 'native' for 1 .*meta"):
+        dtl.gradient_stats([torch.ones(2, device="meta")], "native")
+    with pytest.raises(ValueError, match="backend 'native' for 1025 "):
+        dtl.gradient_stats([ONES] * 1025, "native")
+    assert gram_of([ONES] * 1025, "auto").unique().tolist() == [2]
+    assert gram_of([ONES] * 1024, "native").unique().tolist() == [2]
 
 
 @needs_native
@@ -315,50 +306,49 @@ def test_error_codes_of_the_c_functions(name):
     rows, gram = new("const void *[1]"), new("double[1]", [7.0])
     assert function(null, 1, 0, 1, AUTO, gram) == function(rows, 1, 0, 1, AUTO, null) == -1
     assert function(rows, 0, 0, 1, AUTO, gram) == function(rows, 1025, 0, 1, AUTO, gram) == -2
-    assert function(rows, 1, 2**40 + 1, 1, AUTO, gram) == function(rows, 1, 2**64 - 1, 1, AUTO, gram) == -3
+    for p in (2**40 + 1, 2**64 - 1):
+        assert function(rows, 1, p, 1, AUTO, gram) == -3
     assert function(rows, 1, 1, 1, -1, gram) == function(rows, 1, 1, 1, 5, gram) == -4
     assert gram[0] == 7
-    assert function(rows, 1, 10**4, 1, AUTO, gram) == 0 and gram[0] == 7  # a NULL row is zeros, and it is added into
+    assert function(rows, 1, 10**4, 1, AUTO, gram) == 0 and gram[0] == 7  # zeros, added into it
 
 
-# Threads and the processor
+# ---- Threads and the processor ----
 
 
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_same_thread_count_gives_the_same_bits(threads):
-    rows = list(torch.randn(6, 100_003, generator=torch.Generator().manual_seed(2)))
+    rows = list(normal(6, 100_003, 2))
     first = gram_by(AUTO, rows, threads)
     assert all(torch.equal(gram_by(AUTO, rows, threads), first) for _ in range(5))
     assert_gram_close(first, gram_by(NAIVE, rows), 1e-12)
 
 
 @needs_native
-def test_more_threads_than_work_or_machine():
-    """The routine starts no more threads than there is work for: a hundred thousand stacks would end the process."""
-    few, many = [list(torch.randn(6, p, generator=torch.Generator().manual_seed(3))) for p in (300, 300_003)]
-    for rows in (few, many):
-        gram = gram_by(AUTO, rows, 100_000)
-        assert torch.equal(gram_by(AUTO, rows, 100_000), gram)
-        assert_gram_close(gram, gram_by(AUTO, rows, 1))
-        assert_gram_close(gram_by(AUTO, rows, 2**31 - 1), gram)
+@pytest.mark.parametrize("p", [300, 300_003])
+def test_more_threads_than_work_or_machine(p):
+    """No more threads start than there is work for: 100,000 stacks would end the process."""
+    rows = list(normal(6, p, 3))
+    gram = gram_by(AUTO, rows, 100_000)
+    assert torch.equal(gram_by(AUTO, rows, 100_000), gram)
+    assert_gram_close(gram, gram_by(AUTO, rows, 1))
+    assert_gram_close(gram_by(AUTO, rows, 2**31 - 1), gram)
 
 
 @needs_native
 def test_eight_python_threads_at_once():
-    sets = [torch.randn(5, 60_001, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    alone = [dtl.gradient_stats(split(rows, 7), "native").gram for rows in sets]
+    sets = [normal(5, 60_001, seed) for seed in range(8)]
+    alone = [gram_of(rows, "native") for rows in sets]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            together = list(pool.map(lambda rows: dtl.gradient_stats(split(rows, 7), "native").gram, sets))
-            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+            together = list(pool.map(lambda rows: gram_of(rows, "native"), sets))
+            assert all(map(torch.equal, alone, together))
 
 
 @needs_native
 def test_other_python_threads_run_during_a_call():
-    rows, gram = torch.ones(32, 1_000_000), torch.zeros(32, 32, dtype=torch.float64)
-    pointers = MODULE.ffi.new("const void *[]", [MODULE.ffi.cast("void *", row.data_ptr()) for row in rows])
-    ticks, done = [], threading.Event()
+    rows, ticks, done = list(torch.ones(32, 1_000_000)), [], threading.Event()
 
     def tick():
         while not done.is_set():
@@ -368,12 +358,19 @@ def test_other_python_threads_run_during_a_call():
     ticker = threading.Thread(target=tick)
     ticker.start()
     began = time.monotonic()
-    MODULE.lib.gc_gram_f32(pointers, 32, 1_000_000, 1, NAIVE, MODULE.ffi.cast("double *", gram.data_ptr()))
+    gram_by(NAIVE, rows, 1)
     ended = time.monotonic()
     done.set()
     ticker.join()
-    within = [t for t in ticks if began < t < ended]  # with the GIL held there would be none, or one at either end
+    within = [t for t in ticks if began < t < ended]  # with the GIL held: none, or one at an end
     assert ended - began > 0.1 and len(within) >= 10, (ended - began, len(within))
+
+
+def in_python(program, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        **dict(cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}),
+    )
 
 
 @needs_native
@@ -382,7 +379,7 @@ def test_loading_and_calling_leave_the_floating_point_mode_alone():
 import ctypes, ctypes.util, sys
 import torch
 libm = ctypes.CDLL(ctypes.util.find_library("m"))
-def mode():  # of this thread: rounding, denormals, traps; without the flags of what has happened (x86-64: MXCSR)
+def mode():  # of this thread: rounding, denormals, traps, but no flags (x86-64: MXCSR)
     state = ctypes.create_string_buffer(256)
     libm.fegetenv(state)
     control = int.from_bytes(state.raw[28:32], "little") & 0xFFC0 if sys.argv[1] == "x86_64" else 0
@@ -390,71 +387,60 @@ def mode():  # of this thread: rounding, denormals, traps; without the flags of 
 before = mode()
 import _gc_native_ext as native
 loaded = mode()
-rows, gram = torch.full((4, 200_000), 1e-310, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
-pointers = torch.tensor([row.data_ptr() for row in rows])
+rows = torch.full((4, 200_000), 1e-310, dtype=torch.float64)
+pointers, gram = torch.tensor([row.data_ptr() for row in rows]), torch.zeros(16).double()
 cast = native.ffi.cast
 rows_c, gram_c = cast("void **", pointers.data_ptr()), cast("double *", gram.data_ptr())
 assert native.lib.gc_gram_f64(rows_c, 4, 200_000, 2, 0, gram_c) == 0
 assert before == loaded == mode() and before[1] > 0 and before[2] > 0, (before, loaded, mode())
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program, platform.machine()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(MODULE.__file__).parent)},
-    )
+    folder = str(Path(MODULE.__file__).parent)
+    run = in_python(program, platform.machine(), PYTHONPATH=folder)
     assert run.returncode == 0, run.stderr
 
 
-# Without it, and building it
+# ---- Without it, and building it ----
 
 
 def test_everything_works_without_the_routine():
     program = """
 import sys
-import threading
-import time
 sys.modules["_gc_native_ext"] = None  # what a missing module does to an import
 import dtl, torch
-stats = dtl.gradient_stats([[torch.ones(3)], [-torch.ones(3)]])
-print(dtl.native_routine()[1], stats.backend, stats.mean_cosine)
+stats = dtl.gradient_stats([torch.ones(3), -torch.ones(3)])
+print(dtl.native_routine()[1], stats["gc_cos"])
 """
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    run = in_python(program)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split("\n")[0] == "not built (optional) torch -1.0"
+    assert run.stdout.startswith("not built (") and run.stdout.endswith("optional) -1.0\n")
 
 
-def build_in(folder, elsewhere, **environment):
+def build_in(tmp_path, **environment):
+    """build_native.py run from another folder; the run, and the names in both folders."""
+    folder, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    folder.mkdir(), elsewhere.mkdir()
     for name in ("build_native.py", "_gc_native.c"):
         shutil.copy(ROOT / name, folder)
     run = subprocess.run(
         [sys.executable, str(folder / "build_native.py")],
-        cwd=elsewhere,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
+        **dict(cwd=elsewhere, capture_output=True, text=True, env={**os.environ, **environment}),
     )
     return run, sorted(path.name for path in [*folder.iterdir(), *elsewhere.iterdir()])
 
 
-def test_without_a_compiler_the_build_says_so_in_one_line(tmp_path_factory):
+def test_without_a_compiler_the_build_says_so_in_one_line(tmp_path):
     pytest.importorskip("cffi")
-    folder, elsewhere = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("elsewhere")
-    run, files = build_in(folder, elsewhere, CC="/bin/false")
+    run, files = build_in(tmp_path, CC="/bin/false")
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr.startswith("build_native: not built: ") and run.stderr.count("\n") == 1
     assert files == ["_gc_native.c", "build_native.py"]
 
 
 @needs_native
-def test_the_build_leaves_one_file_wherever_it_is_called_from(tmp_path_factory):
+def test_the_build_leaves_one_file_wherever_it_is_called_from(tmp_path):
     if not shutil.which("cc") and not os.environ.get("CC"):
         pytest.skip("no C compiler here")
-    folder, elsewhere = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("elsewhere")
-    run, files = build_in(folder, elsewhere)
-    assert run.returncode == 0, run.stderr
-    assert [name for name in files if not name.startswith("_gc_native_ext")] == ["_gc_native.c", "build_native.py"]
-    assert len(files) == 3 and run.stdout.count("\n") == 1
+    run, files = build_in(tmp_path)
+    assert run.returncode == 0 and run.stdout.count("\n") == 1, run.stderr
+    others = [name for name in files if not name.startswith("_gc_native_ext")]
+    assert others == ["_gc_native.c", "build_native.py"] and len(files) == 3
