@@ -600,7 +600,7 @@ def download(address, sha256, folder):
 
 
 def draw_shapes(per_class, seed):
-    """Eight contours (class % 8) in four textures (class // 8: filled, striped, outlined,
+    """Eight contours (class % 8) in four textures (class // 8: filled, striped, grey outlines,
     chequered), in any place, angle, size and colours. x (32 * per_class, 3, 16, 16) uint8, y int64.
     Drawn in float64: float32 differs from one kind of CPU to another."""
     rng, y = np.random.default_rng(seed), np.repeat(np.arange(32), per_class)
@@ -608,27 +608,42 @@ def draw_shapes(per_class, seed):
     def uniform(low, high, channels=1):
         return rng.uniform(low, high, (len(y), channels, 1, 1))
 
-    across = ((np.arange(16) + 0.5) / 8 - 1)[None]  # (1, 16)
-    down, radius = across.T, uniform(0.55, 0.85)
-    dx, dy = (across - uniform(-0.2, 0.2)) / radius, (down - uniform(-0.2, 0.2)) / radius
-    r, t = np.hypot(dx, dy), np.arctan2(dy, dx) + uniform(0, 2 * np.pi)  # polar, (N, 1, 16, 16)
-    mask = np.empty_like(r)  # negative where painted
+    across = ((np.arange(16) + 0.5) * 0.125 - 1)[None]  # (1, 16)
+    down, angle = across.T, uniform(0, 2 * np.pi)[:, 0]
+    radius, shift = uniform(0.55, 0.85)[:, 0], uniform(-0.2, 0.2, 2)
+    dx, dy = (across - shift[:, 0]) / radius, (down - shift[:, 1]) / radius  # (N, 16, 16)
+    u = dx * np.cos(angle) + dy * np.sin(angle)
+    v = dy * np.cos(angle) - dx * np.sin(angle)
+    contours = [  # negative inside: disc, bar, triangle, square, star, cross, crescent, trefoil
+        lambda u, v, r, t: r - 0.9,
+        lambda u, v, r, t: np.maximum(abs(u), 2.2 * abs(v)) - 1,
+        lambda u, v, r, t: r * np.cos((t + np.pi) % (2 * np.pi / 3) - np.pi / 3) - 0.55,
+        lambda u, v, r, t: np.maximum(abs(u), abs(v)) - 0.8,
+        lambda u, v, r, t: r - 0.7 - 0.3 * np.cos(5 * t),
+        lambda u, v, r, t: (
+            np.maximum(np.maximum(abs(u), abs(v)), 3 * np.minimum(abs(u), abs(v))) - 1
+        ),
+        lambda u, v, r, t: np.maximum(r - 1, 0.75 - np.hypot(u - 0.6, v)),
+        lambda u, v, r, t: r - 0.65 - 0.35 * np.cos(3 * t),
+    ]
+    mask = np.empty((len(y), 16, 16))  # negative where painted
     for c in range(32):
-        r_c, t_c = r[y == c], t[y == c] % (2 * np.pi)
-        if c % 8 < 3:  # bar, triangle, square
-            side, size = 2 * np.pi / (c % 8 + 2), (0.35, 0.5, 0.7)[c % 8]
-            contour = np.maximum(r_c * np.cos(t_c % side - side / 2) - size, r_c - 1)
-        else:  # a disc, flowers of 2 to 5 petals
-            contour = r_c - 0.6 - 0.4 * np.cos((0, 2, 3, 4, 5)[c % 8 - 3] * t_c)
-        u, v = 5 * r_c * np.cos(t_c), 5 * r_c * np.sin(t_c)
-        textures = (contour, np.sin(1.8 * u), -contour - 0.35, np.sin(u) * np.sin(v))
-        mask[y == c] = np.maximum(contour, textures[c // 8])
-    mask = np.clip(0.5 - mask * radius * 4, 0, 1)  # soft edges
+        a, b = u[y == c], v[y == c]
+        contour = contours[c % 8](a, b, np.hypot(a, b), np.arctan2(b, a))
+        cuts = (contour, np.sin(9 * a), -contour - 0.35, np.sin(7 * a) * np.sin(7 * b))
+        mask[y == c] = np.maximum(contour, cuts[c // 8])
+    mask = np.clip(0.5 - mask * radius * 4, 0, 1)[:, None]  # soft edges
     ground, paint = uniform(0, 1, 3), uniform(0, 1, 3)
     paint = np.where(abs(paint - ground) < 0.25, (ground + 0.5) % 1, paint)
-    disc = np.hypot(across - uniform(-1, 1), down - uniform(-1, 1)) < uniform(0.1, 0.3)
-    x = np.where(disc, uniform(0, 1, 3), ground + uniform(-0.3, 0.3, 3) * across)  # clutter, shade
-    x = x * (1 - mask) + paint * mask + rng.normal(0, 0.05, x.shape)
+    sketch, grey = (y // 8 == 2)[:, None, None, None], uniform(0, 1)
+    ground = np.where(sketch, grey, ground)
+    paint = np.where(sketch, (grey + uniform(0.35, 0.65)) % 1, paint)
+    x = ground + uniform(-0.3, 0.3, 3) * across + uniform(-0.3, 0.3, 3) * down
+    for _ in range(3):  # clutter: small discs under the shape
+        disc = np.hypot(across - uniform(-1, 1), down - uniform(-1, 1)) < uniform(0.1, 0.3)
+        x = np.where(disc, uniform(0, 1, 3), x)
+    x = x * (1 - mask) + paint * mask
+    x = np.where(sketch, x.mean(1, keepdims=True), x) + rng.normal(0, 0.08, x.shape)
     return (np.clip(x, 0, 1) * 255).astype(np.uint8), y
 
 
@@ -765,6 +780,8 @@ LOG.setLevel(logging.INFO)
 
 def one_cycle(steps, peak):
     """A list of learning rates: up to the peak in a quarter of the steps, half a cosine down."""
+    if steps < 1:
+        raise DTLError("0 steps: by the size of the data only in a run; a script must say how many")
     done = [(step + 1) / (steps + 1) for step in range(steps)]
     down = [0.5 * (1 + math.cos(math.pi * (d - 0.25) / 0.75)) for d in done]
     return [peak * (4 * d if d < 0.25 else fall) for d, fall in zip(done, down)]
@@ -1032,7 +1049,7 @@ def write(path, data):
 
 
 def append(path, record):
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab", buffering=0) as file:  # a line in one piece
         file.write(json.dumps(record).encode() + b"\n")
 
 
@@ -1050,9 +1067,14 @@ def load(path, device):
     raise DTLError(f"{path} is damaged")
 
 
-def load_model(path, device="cpu", mixed=False):
+def load_model(path, device="cpu", mixed=False, **expected):
     """A Model that a run saved, as in dtl.load_model("runs/demo/seed0/gc.pt"), to be evaluated."""
     saved = load(Path(path), device)
+    for name, value in expected.items():
+        if saved[name] != value:
+            raise DTLError(
+                f"{path} was made with {name} {saved[name]}, not {value}: give another --out"
+            )
     classes, features = saved["state"]["head.weight"].shape
     head = nn.Linear(features, classes, device=device)
     model = Model(new_backbone(saved["network"], 0, device), head, mixed)
@@ -1171,18 +1193,19 @@ class Run:
 
     def model(self, name):
         """`pretrained`, `transferred`, `scratch`, `oracle` or a method's: loaded, or made."""
-        path = self.out / f"seed{self.seed}" / f"{name}.pt"
+        path, c = self.out / f"seed{self.seed}" / f"{name}.pt", self.config
+        kind = dict(network=c.network, source=c.source)  # a copied pretrained.pt must fit
         if not path.exists():
             earlier = map(self.model, MADE_FROM.get(name, ["pretrained", "transferred"]))
             checkpoint = path.with_suffix(".part.pt")
             made = self.make(name, list(earlier), checkpoint)
-            save(path, dict(network=self.config.network, state=made.state_dict()))
+            save(path, kind | dict(state=made.state_dict()))
             checkpoint.unlink(missing_ok=True)
             settings = self.out / "config.json"
             if not settings.exists():  # with the first model: a mistyped run blocks nothing
                 write(settings, json.dumps(describe(self.given), indent=1).encode())
-        mixed = self.config.precision == "auto" and self.device.type == "cuda"
-        return load_model(path, self.device, mixed)
+        mixed = c.precision == "auto" and self.device.type == "cuda"
+        return load_model(path, self.device, mixed, **kind)
 
     def make(self, name, earlier, checkpoint):
         LOG.info(dict(stage=f"seed {self.seed} {name}"))
@@ -1248,7 +1271,7 @@ def table(numbers, models, attackers):
     shown = [*attackers, "strongest"] if len(attackers) > 1 else attackers
     columns = [("target",), *((task, a) for task in PIGGYBACK_TASKS for a in shown)]
     rows = [["model", *(", ".join(column) + " %" for column in columns)]]
-    rows += [[m, *(cell(numbers[m, *column]) for column in columns)] for m in models]
+    rows += [[m, *(cell(numbers[(m, *column)]) for column in columns)] for m in models]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
@@ -1321,8 +1344,9 @@ def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings
     if stage == "data":
         return click.echo(" ".join(name for name in CIFAR if read_cifar(name, data_dir)))
     config, device = Config(**settings), find_device(gpu, settings["precision"])
-    seeds = names_in("--seeds", seeds, re.findall(r"\d{1,9}", seeds))
-    seeds = [int(seed) for seed in seeds]
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", seeds):
+        raise DTLError(f"--seeds {seeds!r}: not a list of whole numbers like 0,1,2")
+    seeds = [int(seed) for seed in names_in("--seeds", seeds, seeds.split(","))]
     models = models_in(stage, methods, config)
     attackers = names_in("--attackers", attackers, ATTACKERS)
     tasks = PIGGYBACK_TASKS if stage in ("all", "piggyback") else ()

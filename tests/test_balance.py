@@ -1,7 +1,6 @@
 """The balance of retaining and forgetting: against plain arithmetic, at its edges, in training."""
 
 import copy
-import io
 import math
 
 import numpy as np
@@ -199,18 +198,17 @@ def test_both_forms_of_the_loss_serve_and_nothing_waits():
     assert distance(*found) <= 1e-6
 
 
-def test_state_dict_resumes_exactly():
+def test_state_dict_resumes_exactly(tmp_path):
     def steps(balance, numbers):
         for number in numbers:
             (p,) = leaves([number, 1.0], dtype=torch.float32)
             balance.backward(p.square().sum(), p.pow(3).sum(), [p])
             yield p.grad.tolist()
 
-    balance, resumed, buffer = dtl.Balance(2.0), dtl.Balance(2.0), io.BytesIO()
+    balance, resumed = dtl.Balance(2.0), dtl.Balance(2.0)
     assert len(list(steps(balance, [0.1, 0.7, 1.9]))) == 3
-    torch.save(balance.state_dict(), buffer)
-    buffer.seek(0)
-    resumed.load_state_dict(torch.load(buffer))
+    torch.save(balance.state_dict(), tmp_path / "saved")
+    resumed.load_state_dict(torch.load(tmp_path / "saved"))
     after = list(steps(balance, [0.3, 2.3]))
     assert after == list(steps(resumed, [0.3, 2.3])) != list(steps(dtl.Balance(2.0), [0.3, 2.3]))
     assert same_bits(balance.state_dict(), resumed.state_dict())
@@ -237,9 +235,8 @@ def test_gradients_that_autograd_returns_as_one_tensor_do_not_alias():
     one, same = torch.autograd.grad((p + q).sum(), [p, q])
     assert one.data_ptr() == same.data_ptr()  # it does return them so
     dtl.Balance(1.0).backward((p + q).square().sum(), (p + q).sum(), [p, q])
-    before = q.grad.clone()
     p.grad.zero_()
-    assert torch.equal(q.grad, before) and before.abs().min() > 0
+    assert q.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -251,10 +248,8 @@ def test_a_fused_optimiser_steps_rightly_after_channels_last_gradients(channels_
     for fused in (True, False):
         model = copy.deepcopy(conv)
         optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
-        of_weight = (
-            torch.arange(135.0).view(5, 3, 3, 3).to(memory_format=formats[not channels_last])
-        )
-        retain = model(x).square().mean() + value_of(0.0, (model.weight, of_weight))
+        g = torch.arange(135.0).view(5, 3, 3, 3).to(memory_format=formats[not channels_last])
+        retain = model(x).square().mean() + value_of(0.0, (model.weight, g))
         dtl.Balance(1.0).backward(retain, model(x).exp().mean(), model.parameters())
         assert model.weight.grad.stride() == model.weight.stride()
         optimizer.step()
@@ -286,29 +281,27 @@ def residual_network():
 
 
 def network_with_layer_norm():
-    tokens = nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.Linear(36, 32), nn.LayerNorm(32), nn.GELU()
+    tokens = nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU()
     return nn.Sequential(*tokens, nn.Flatten(), nn.Linear(512, 64), nn.LayerNorm(64), nn.GELU())
 
 
 def forget_in_training(backbone, balance, steps, lr, distil=False):
-    """Retain losses by step; GC before and after, the mean over eight heads; the relative change
+    """Retain losses by step; GC before and after, the mean over four heads; the relative change
     of the weights. The source has ten classes of noise about an image each."""
     t, y, source_y = nn.Linear(64, 5), torch.arange(32) % 5, torch.arange(128) % 10
-    x = torch.randn(32, 3, 24, 24)
-    source_x = torch.randn(10, 3, 24, 24)[source_y] + torch.randn(128, 3, 24, 24)
+    x = torch.randn(32, 3, 16, 16)
+    source_x = torch.randn(10, 3, 16, 16)[source_y] + torch.randn(128, 3, 16, 16)
     params, retained = [*backbone.parameters(), *t.parameters()], []
     start, teacher = [p.detach().clone() for p in params], t(backbone(x)).detach().log_softmax(1)
-    optimizer, heads = (
-        torch.optim.SGD(params, lr, momentum=0.9),
-        [nn.Linear(64, 10) for _ in "12345678"],
-    )
+    optimizer = torch.optim.SGD(params, lr, momentum=0.9)
+    heads = [nn.Linear(64, 10) for _ in range(4)]
 
     def collision(head):
         chunks = zip(source_x.chunk(4), source_y.chunk(4))
         losses = [F.cross_entropy(head(backbone(a)), b) for a, b in chunks]
         return dtl.gradient_collision_loss(losses, backbone.parameters())
 
-    before = np.mean([collision(head).item() for head in heads])
+    before = [collision(head).item() for head in heads]
     for _ in range(steps):
         optimizer.zero_grad()
         answers = t(backbone(x))
@@ -317,15 +310,14 @@ def forget_in_training(backbone, balance, steps, lr, distil=False):
         balance.backward(retain, collision(nn.Linear(64, 10)), params)
         optimizer.step()
         retained.append(retain.item())
-    after = np.mean([collision(head).item() for head in heads])
-    return retained, before, after, distance(params, start)
+    after = [collision(head).item() for head in heads]
+    return retained, np.mean(before), np.mean(after), distance(params, start)
 
 
 @pytest.mark.parametrize("allowance, strength", [(None, 1.0), (None, 2.0), (1.0, 1.0)])
 def test_a_residual_network_learns_and_forgets(allowance, strength):
     balance = dtl.Balance(allowance, strength=strength)
-    retained, before, after, change = forget_in_training(residual_network(), balance, 30, 0.01)
-    print(retained[0], retained[-1], before, after, change)
+    retained, before, after, change = forget_in_training(residual_network(), balance, 20, 0.01)
     assert retained[-1] < 0.1 * retained[0] and max(retained) < 1.2 * retained[0]
     assert before > 0 and after < 0.6 * before and change < 0.5
 
@@ -333,6 +325,5 @@ def test_a_residual_network_learns_and_forgets(allowance, strength):
 def test_forgetting_starts_from_a_retain_loss_of_zero():
     network, balance = network_with_layer_norm(), dtl.Balance(1.0)
     retained, before, after, change = forget_in_training(network, balance, 60, 0.05, distil=True)
-    print(retained[0], retained[-1], before, after, change)
     assert retained[0] == 0 and max(retained) < 0.1
     assert before > 0 and after < 0.4 * before and 0.01 < change < 0.5

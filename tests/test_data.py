@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shutil
 import socketserver
 import threading
@@ -63,6 +64,7 @@ def test_draws_are_nested_and_by_seed_and_class(npz):
         assert sum(small.y == c) == 3 and sum(large.y == c) == 5
         assert set(numbers(small.x[small.y == c])) < set(numbers(large.x[large.y == c]))
     assert set(numbers(small.x)) != set(numbers(other.x))
+    assert [n % 10 for n in numbers(large.x[:5])] != [n % 10 for n in numbers(large.x[5:10])]
     assert small.x_test.equal(large.x_test) and len(small.y_test) == 12
     alone = task(f"{path}[1:3]@3")  # the classes beside a class do not change its draw
     assert numbers(alone.x) == numbers(small.x[small.y > 0])
@@ -132,65 +134,63 @@ def test_shrinking_is_the_mean_over_areas(npz):
     assert "--image-size 12" in refused(task, wide, image_size=12)
 
 
-def test_the_tasks_of_a_seed(npz):
+def test_the_tasks_of_a_run(npz, tmp_path):
     """`oracle` is more of the target's images, the subset part of the source's; all of one size."""
-    path, where = npz(), (3, "no-archives-here", "cpu")
+
+    def tasks(**settings):
+        return dtl.Run(tmp_path, dtl.Config(**given | settings), 3, "no-archives-here").tasks
+
+    path, more = npz(), dict(oracle_per_class=6, subset_per_class=5, split="validation")
     given = dict(source=f"{path}[0:2]", target=f"{path}[1:]@4", downstream=f"{path}[0:2]@2")
-    config = dtl.Config(**given, oracle_per_class=6, subset_per_class=5, split="validation")
-    tasks = dtl.load_tasks(config, *where)
+    found = tasks(**more)
     sizes = {"source": 18, "source-subset": 10, "target": 8, "oracle": 12, "downstream": 4}
-    assert {name: len(found.y) for name, found in tasks.items()} == sizes
-    assert set(numbers(tasks["target"].x)) < set(numbers(tasks["oracle"].x))
-    assert set(numbers(tasks["source-subset"].x)) < set(numbers(tasks["source"].x))
-    assert {tuple(numbers(tasks[n].x_test)) for n in ("target", "oracle")} == {(19, 29)}
-    every = dtl.load_tasks(dtl.Config(**given, oracle_per_class=0), *where)
-    assert len(every["oracle"].y) == 20
-    given |= dict(downstream="shapes[0:2]@2", oracle_per_class=6)
-    assert "--image-size" in refused(dtl.load_tasks, dtl.Config(**given), *where)
-    alike = dtl.load_tasks(dtl.Config(**given, image_size=8), *where)
-    assert {found.x.shape[1:] for found in alike.values()} == {(3, 8, 8)}
+    assert {name: len(task.y) for name, task in found.items()} == sizes
+    assert set(numbers(found["target"].x)) < set(numbers(found["oracle"].x))
+    assert set(numbers(found["source-subset"].x)) < set(numbers(found["source"].x))
+    assert {tuple(numbers(found[n].x_test)) for n in ("target", "oracle")} == {(19, 29)}
+    assert len(tasks(oracle_per_class=0)["oracle"].y) == 20
+    alike = tasks(**more, source="shapes[0:2]@9", image_size=8)
+    assert {task.x.shape[1:] for task in alike.values()} == {(3, 8, 8)}
 
 
 # ---------------------------------------- a user's own data
 
 X, Y = np.zeros((30, 8, 8, 3), np.uint8), np.repeat(np.arange(3), 10)
 BAD = [
-    (dict(y_train=None), "needed, not x_train, x_test, y_test"),
-    (dict(x_test=None, y_test=None), "needed, not x_train, y_train"),
-    (dict(x_train=X.astype(np.float32)), "x_train must be uint8"),
-    (dict(x_train=X[..., 0]), "not uint8 (30, 8, 8)"),
-    (dict(x_train=X.transpose(0, 3, 1, 2)), "not uint8 (30, 3, 8, 8)"),
-    (dict(x_train=X[:0], y_train=Y[:0]), "not uint8 (0, 8, 8, 3)"),
-    (dict(x_train=X[:, :4]), "not uint8 (30, 4, 8, 3)"),
-    (dict(x_test=np.uint8(3)), "x_train must be uint8"),
-    (dict(y_train=Y - 1), "y_train must be integers of shape (30,)"),
-    (dict(y_train=Y + 2**20), "1048576 to 1048578"),
-    (dict(y_train=np.where(Y == 2, -1, Y).astype(np.uint32)), "to 4294967295"),
-    (dict(y_train=np.where(Y == 2, -1, Y).astype(np.uint64)), "to 18446744073709551615"),
-    (dict(y_train=Y.astype(float)), "not float64 (30,)"),
-    (dict(y_train=Y[:29]), "not int64 (29,)"),
-    (dict(y_train=Y[:, None]), "not int64 (30, 1)"),
-    (dict(y_test=Y[:11]), "y_test must be integers of shape (12,)"),
+    (dict(y_train=None), "not x_train, x_test, y_test"),
+    (dict(x_test=None, y_test=None), "not x_train, y_train"),
+    (dict(x_train=X.astype(np.float32)), "x_train.*float32"),
+    (dict(x_train=X[..., 0]), r"x_train.*\(30, 8, 8\)"),
+    (dict(x_train=X.transpose(0, 3, 1, 2)), r"x_train.*\(30, 3, 8, 8\)"),
+    (dict(x_train=X[:0], y_train=Y[:0]), r"x_train.*\(0, 8, 8, 3\)"),
+    (dict(x_train=X[:, :4]), r"x_train.*\(30, 4, 8, 3\)"),
+    (dict(x_test=np.uint8(3)), "x_train"),
+    (dict(x_train=X[:, 0, 0], x_test=X[:12, 0, 0, 0]), r"x_train.*\(30, 3\)"),
+    (dict(y_train=Y - 1), "y_train.*-1 to 1"),
+    (dict(y_train=Y + 2**20), "y_train.*1048576 to 1048578"),
+    (dict(y_train=np.where(Y == 2, -1, Y).astype(np.uint32)), "y_train.*0 to 4294967295"),
+    (dict(y_train=np.where(Y == 2, -1, Y).astype(np.uint64)), "y_train.*0 to 184467440737095516"),
+    (dict(y_train=Y.astype(float)), r"y_train.*float64 \(30,\)"),
+    (dict(y_train=Y[:29]), r"y_train.*\(29,\)"),
+    (dict(y_train=Y[:, None]), r"y_train.*\(30, 1\)"),
+    (dict(y_test=Y[:11]), r"y_test.*\(12,\).*\(11,\)"),
     (dict(y_train=np.array([None] * 30)), "no readable .npz"),
-    (dict(y_train=np.where(Y == 1, 2, Y)), "class 1 has 0 images to train on"),
-    (dict(y_train=Y + 1), "class 0 has 0 images to train on"),
-    (dict(y_test=np.zeros(12, int)), "class 1 has 10 images to train on, 0 to measure on"),
+    (dict(y_train=np.where(Y == 1, 2, Y)), "class 1 has 0 images"),
+    (dict(y_train=Y + 1), "class 0 has 0 images"),
+    (dict(y_test=np.zeros(12, int)), "class 1 has 10 images .* 0 to measure on"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "named"), BAD)
 def test_a_bad_npz_is_one_error_naming_the_array(npz, changes, named):
     message = refused(task, npz(**changes))
-    assert "own.npz: " in message and named in message
+    assert re.search(f"own.npz: .*{named}", message)
 
 
 @pytest.mark.parametrize("kept", [slice(0), slice(100), slice(5000), slice(5000, None)])
 def test_a_damaged_file_is_named(npz, kept):
     path = npz()
     path.write_bytes(path.read_bytes()[kept])
-    assert "own.npz: no readable" in refused(task, path)
-    path.unlink()
-    path.mkdir()
     assert "own.npz: no readable" in refused(task, path)
 
 
@@ -215,24 +215,22 @@ def test_a_bomb_is_refused_before_it_is_unpacked(npz, monkeypatch):
         data = data[: at + 24] + b"\xfe\xff\xff\xff" + data[at + 28 :]
     path.write_bytes(data)
     monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail("unpacked"))
-    assert "at most 16 GiB are needed, not none in 20 GiB" in refused(task, path)
+    assert re.search("own.npz: .*16 GiB are needed, not none", refused(task, path))
 
 
 # ---------------------------------------- CIFAR
 
-TRAIN = {"cifar10": [f"data_batch_{k}.bin" for k in range(1, 6)], "cifar100": ["train.bin"]}
+CIFAR = {  # set: (folder, files to train on, file to measure on, label bytes)
+    "cifar-10": ("batches-bin", [f"data_batch_{k}.bin" for k in range(1, 6)], "test_batch.bin", 1),
+    "cifar-100": ("binary", ["train.bin"], "test.bin", 2),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "archive", "folder", "test", "labels"),
-    [
-        ("cifar10", "cifar-10-binary.tar.gz", "cifar-10-batches-bin", "test_batch.bin", 1),
-        ("cifar100", "cifar-100-binary.tar.gz", "cifar-100-binary", "test.bin", 2),
-    ],
-)
-def test_cifar_is_fetched_once_and_read(tmp_path, monkeypatch, name, archive, folder, test, labels):
+@pytest.mark.parametrize("archive", CIFAR)
+def test_cifar_is_fetched_once_and_read(tmp_path, monkeypatch, archive):
     """From files of the right sizes that are empty but for the last record of each."""
-    asked, size, train = [], labels + 3072, TRAIN[name]
+    (folder, train, test, labels), name = CIFAR[archive], archive.replace("-", "")
+    asked, size, folder = [], labels + 3072, tmp_path / f"{archive}-{folder}"
     each, pixels = 50000 // len(train), (np.arange(3072) % 251).astype(np.uint8)
 
     def download(address, sha256, folder):
@@ -246,7 +244,8 @@ def test_cifar_is_fetched_once_and_read(tmp_path, monkeypatch, name, archive, fo
 
     monkeypatch.setattr(dtl, "download", download)
     x, y, x_test, y_test = dtl.load_set.__wrapped__(name, tmp_path)
-    assert asked == [(f"https://www.cs.toronto.edu/~kriz/{archive}", 64, tmp_path / folder)]
+    address = f"https://www.cs.toronto.edu/~kriz/{archive}-binary.tar.gz"
+    assert asked == [(address, 64, folder)]
     assert x.shape == (50000, 3, 32, 32) and x_test.shape == (10000, 3, 32, 32)
     assert x.dtype == x_test.dtype == np.uint8 and y.dtype == y_test.dtype == np.int64
     assert np.flatnonzero(y).tolist() == [each * (k + 1) - 1 for k in range(len(train))]
@@ -256,10 +255,10 @@ def test_cifar_is_fetched_once_and_read(tmp_path, monkeypatch, name, archive, fo
         planes = np.roll(pixels, k)  # then rows
         assert labels[k] == 10 + k and image[1, 2, 3] == planes[1024 + 2 * 32 + 3]
         assert (image.flatten() == planes).all()
-    os.truncate(tmp_path / folder / test, 10000 * size - 1)
-    assert f"not {10000 * size}: missing, trunc" in refused(dtl.load_set, name, tmp_path)
-    (tmp_path / folder / train[-1]).unlink()
-    assert f"not {50000 * size}: missing, trunc" in refused(dtl.load_set, name, tmp_path)
+    os.truncate(folder / test, 10000 * size - 1)
+    assert f"{10000 * size - 1} bytes" in refused(dtl.load_set, name, tmp_path)
+    (folder / train[-1]).unlink()  # missing
+    assert f"{folder}/{train[0][:5]}" in refused(dtl.load_set, name, tmp_path)
     assert len(asked) == 1
 
 
@@ -302,15 +301,10 @@ def test_an_altered_archive_is_never_opened(site, monkeypatch):
         assert there(site[2].parent) == []
 
 
-OK, LONG = b"HTTP/1.1 200 OK\r\n", b"Content-Length: 9000\r\n\r\nabc"
-CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
-NUMBERLESS, MOVED = (
-    LONG.replace(b"9000", b"many"),
-    b"HTTP/1.1 302 Found\r\nLocation: nowhere:7\r\n\r\n",
-)
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: "
 
 
-@pytest.mark.parametrize("answer", [b"", b"\0\xff\r\n\r\n", OK + LONG, CHUNKED, NUMBERLESS, MOVED])
+@pytest.mark.parametrize("answer", [b"", OK + b"9000\r\n\r\nabc", OK + b"many\r\n\r\nabc"])
 def test_a_server_that_answers_nonsense_or_is_not_there(site, monkeypatch, answer):
     class Nonsense(socketserver.StreamRequestHandler):
         def handle(self):
@@ -321,7 +315,7 @@ def test_a_server_that_answers_nonsense_or_is_not_there(site, monkeypatch, answe
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socketserver.TCPServer(("127.0.0.1", 0), Nonsense) as server:
         address = f"http://127.0.0.1:{server.server_address[1]}/a.tar.gz"
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         message = refused(dtl.download, address, *site[1:])
         server.shutdown()
@@ -336,9 +330,9 @@ def test_a_server_that_answers_nonsense_or_is_not_there(site, monkeypatch, answe
 def test_shapes_are_those_of_the_published_results():
     arrays = dtl.load_set("shapes", Path())
     assert [len(a) for a in arrays] == [32 * 400, 32 * 400, 32 * 100, 32 * 100]
-    assert not {i.tobytes() for i in arrays[0]} & {i.tobytes() for i in arrays[2]}
     drawn = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-    assert drawn.startswith("c4b269cec66d6e58")
+    assert drawn.startswith("07317677b054b157")
+    assert not {i.tobytes() for i in arrays[0]} & {i.tobytes() for i in arrays[2]}
     x, y = dtl.draw_shapes.__wrapped__(2, 1)
     assert x.shape == (64, 3, 16, 16) and x.dtype == np.uint8 and y.dtype == np.int64
     assert np.bincount(y).tolist() == [2] * 32 and len(np.unique(x, axis=0)) == 64
@@ -395,12 +389,6 @@ def test_every_crop_and_flip_occurs_image_by_image(how):
     assert first.equal(again)
     assert {i.numpy().tobytes() for i in first} == variants(image[0].numpy(), how)
     assert dtl.augmented(batch, "none", new()).equal(batch)
-
-
-def test_normalised_images_lie_about_zero():
-    found = dtl.normalise(torch.tensor([0, 127, 128, 255], dtype=torch.uint8))
-    assert found.dtype == torch.float32
-    assert found.tolist() == pytest.approx([-2, -0.5 / 63.75, 0.5 / 63.75, 2])
 
 
 def drawn(size, seed, count=7, augment="none"):

@@ -107,12 +107,13 @@ def small_resnet(seed):
 
 @each_form
 @each_similarity
-@given(n=few, seed=seeds)
-def test_is_the_double_loop(form, similarity, n, seed):
-    losses, params = problem(n, seed)
-    found = evaluate(form, losses, params, similarity)
-    assert found[0].dtype == torch.float64
-    assert_close(found, double_loop(losses, params, similarity), 1e-9)
+@given(n=few, seed=seeds, scale=st.floats(0.01, 100), order=st.randoms(use_true_random=False))
+def test_is_the_double_loop_in_any_order(form, similarity, n, seed, scale, order):
+    losses, params = problem(n, seed, scale=scale)
+    value, grads = evaluate(form, order.sample(losses, n), params, similarity)
+    assert value.dtype == torch.float64
+    assert_close((value, grads), double_loop(losses, params, similarity), 1e-9)
+    assert similarity == "dot" or -1 / (n - 1) - 1e-12 <= value.item() <= 1 + 1e-12
 
 
 @each_form
@@ -216,12 +217,6 @@ def test_streamed_hands_its_gradient_out_like_any_loss(similarity):
 # ---- Properties ----
 
 
-@given(n=st.integers(2, 8), seed=seeds)
-def test_cos_is_in_its_range(n, seed):
-    value = from_losses(*problem(n, seed), similarity="cos").item()
-    assert -1 / (n - 1) - 1e-12 <= value <= 1 + 1e-12
-
-
 @each_form
 @pytest.mark.filterwarnings("ignore:some parameters' gradients have no graph")  # they are linear
 def test_cos_reaches_both_ends(form):
@@ -231,23 +226,6 @@ def test_cos_reaches_both_ends(form):
         losses = [lambda: p @ a, lambda other=other: p @ other]
         assert form(losses, [p], similarity=similarity).item() == pytest.approx(value)
     assert form([lambda: p[0] * 2, lambda: p[1] * 2], [p]).item() == 0
-
-
-@each_form
-@each_similarity
-@given(n=few, seed=seeds, order=st.randoms(use_true_random=False))
-def test_order_of_chunks_does_not_matter(form, similarity, n, seed, order):
-    losses, params = problem(n, seed)
-    found = evaluate(form, order.sample(losses, n), params, similarity)
-    assert_close(found, evaluate(form, losses, params, similarity), 1e-9)
-
-
-@given(seed=seeds, scale=st.floats(1e-3, 1e3))
-def test_scaling_the_losses(seed, scale):
-    for similarity, factor in (("cos", 1.0), ("dot", scale**2)):
-        value = from_losses(*problem(3, seed), similarity=similarity).item()
-        other = from_losses(*problem(3, seed, scale=scale), similarity=similarity).item()
-        assert other == pytest.approx(factor * value, rel=1e-8, abs=1e-10 * factor)
 
 
 @each_form
@@ -290,11 +268,13 @@ def test_a_zero_chunk_under_cos_counts_as_cosine_zero(form):
 
 @each_form
 @each_similarity
-def test_a_parameter_given_twice_counts_once(form, similarity):
+def test_a_parameter_given_twice_counts_once_and_iterators_do(form, similarity):
     losses, params = problem(3, 4)
-    twice = form(losses, [params[2], *params], similarity=similarity)
+    before, more = [p.detach().clone() for p in params], iter([params[2], *params])
+    twice = form(iter(losses), more, similarity=similarity)
     found = twice.detach(), gradient(twice, params)
     assert_close(found, double_loop(losses, params, similarity), 1e-12)
+    assert all(map(torch.equal, before, params))
 
 
 @each_form
@@ -305,14 +285,6 @@ def test_parameters_of_two_precisions(form):
     value, grads = evaluate(form, losses, [a, b], "cos")
     assert [g.dtype for g in grads] == [torch.float32, torch.float64]
     assert_close((value, grads), double_loop(losses, [a, b], "cos"), 1e-6)
-
-
-@each_form
-def test_iterators_are_taken_and_inputs_left_alone(form):
-    losses, params = problem(3, 1)
-    before = [p.detach().clone() for p in params]
-    form(iter(losses), iter(params)).backward()
-    assert all(map(torch.equal, before, params))
 
 
 @each_form
@@ -343,7 +315,7 @@ def test_running_statistics_are_kept_and_the_flag_comes_back():
 P = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
 NET, TWIN = nn.Linear(3, 2), nn.Linear(3, 2)
 HALF, COMPLEX = (torch.ones(3, dtype=d).requires_grad_() for d in (torch.float16, torch.complex64))
-META = torch.ones(3, device="meta").requires_grad_()
+META, FROZEN = torch.ones(3, device="meta").requires_grad_(), torch.ones(4, 2)
 
 
 def good():
@@ -370,10 +342,10 @@ TOLD = {
     "no parameters": ([good] * 2, [], r"^0 params: give model.parameters\(\)"),
     "not a scalar": ([good, lambda: P * 2], [P], r"chunk 1's loss must be .*\(\), not \(3,\)"),
     "a number": ([good, lambda: 1.0], [P], "chunk 1's loss must be .* not float"),
-    "nothing": ([good, lambda: None], [P], "chunk 1's loss must be .* not NoneType"),
     "frozen": (
-        *([good] * 2, [P, torch.ones(4, 2)]),
-        r"params\[1\] of shape \(4, 2\).* does not require grad: .*p.requires_grad\]",
+        [good] * 2,
+        [P, FROZEN],
+        r"params\[1\] of shape \(4, 2\).* not require grad: .*for p",
     ),
     "float16": ([good] * 2, [P, HALF], rf"params\[1\] of shape \(3,\), torch.float16.* {KIND}"),
     "complex": ([good] * 2, [COMPLEX], rf"params\[0\] .*torch.complex64.* {KIND}"),

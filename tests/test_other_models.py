@@ -1,16 +1,26 @@
-"""The Gradient Collision loss on models not ours, against a double loop in float64; what is refused."""
+"""The Gradient Collision loss on models not ours, against a double loop in float64; what fails."""
 
 import contextlib
 import copy
+import functools
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
-from test_gc_loss import SIMILARITIES, brute_force, distance, gradient, in_processes, streamed
+from test_gc_loss import (
+    FORMS,
+    assert_close,
+    distance,
+    double_loop,
+    each_form,
+    each_similarity,
+    evaluate,
+    in_processes,
+)
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import dtl
@@ -26,8 +36,8 @@ class TinyGPT(nn.Module):
         self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(6, WIDTH)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
         self.attention, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 9), nn.GELU(), nn.Linear(9, WIDTH), nn.Dropout(0.2))
-        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        hidden = nn.Linear(WIDTH, 9), nn.GELU(), nn.Linear(9, WIDTH), nn.Dropout(0.2)
+        self.mlp, self.head = nn.Sequential(*hidden), nn.Linear(WIDTH, WORDS, bias=False)
         self.head.weight = self.words.weight
 
     def forward(self, ids):  # (B, T) -> (B, T, WORDS)
@@ -70,21 +80,6 @@ def with_low_rank():
     return model
 
 
-class LabelsGiven(nn.Module):
-    """What Hugging Face's models look like from outside: a loss where labels are given, and names."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = TinyGPT()
-
-    def forward(self, input_ids=None, labels=None):
-        logits = self.inner(input_ids)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return SimpleNamespace(loss=loss, logits=logits)
-
-
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -101,113 +96,99 @@ class Normalised(nn.Module):
         self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WORDS)
 
     def forward(self, ids):
-        return self.head(torch.tanh(self.norm(self.layer(self.words(ids)).transpose(1, 2)).transpose(1, 2)))
+        hidden = self.norm(self.layer(self.words(ids)).transpose(1, 2))
+        return self.head(torch.tanh(hidden.transpose(1, 2)))
 
 
-def chunks_of(model, n=4, seed=3, dtype=torch.float64):
-    """n callables, each the next-word loss of three sequences of six words, by a model of a kind above."""
-    texts = torch.randint(0, WORDS, (n, 3, 6), generator=torch.Generator().manual_seed(seed))
+def chunks_of(model, dtype=torch.float64):
+    """Four callables, each the next-word loss of three sequences of six words; and params."""
+    texts = torch.randint(0, WORDS, (4, 3, 6), generator=torch.Generator().manual_seed(3))
     model.to(dtype).train()
 
     def loss(ids):
-        if isinstance(model, LabelsGiven):
-            return model(input_ids=ids, labels=ids).loss
         return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
-    return [lambda ids=ids: loss(ids) for ids in texts]
+    chunks = [lambda ids=ids: loss(ids) for ids in texts]
+    return chunks, [p for p in model.parameters() if p.requires_grad]
 
 
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
+def seeded(work, *arguments):
+    torch.manual_seed(5)
+    return work(*arguments)
 
 
-def compare(chunks, params, similarity, expected, tolerance):
-    """Both forms, each from the same random state, against (value, gradient)."""
+@contextlib.contextmanager
+def no_warnings():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no model here gives cause for a warning
-        torch.manual_seed(5)
-        value = dtl.gradient_collision_loss([f() for f in chunks], params, similarity=similarity)
-        first = value, gradient(value, params)
-        torch.manual_seed(5)
-        second = streamed(chunks, params, similarity)
-    for value, grads in (first, second):
-        assert abs(value.item() - expected[0].item()) <= tolerance * max(abs(expected[0].item()), 1e-3)
-        assert distance(grads, expected[1]) <= tolerance
+        warnings.simplefilter("error")
+        yield
 
 
-def double_loop(chunks, params, similarity):
-    torch.manual_seed(5)
-    value = brute_force([f() for f in chunks], params, similarity)
-    return value.detach(), gradient(value, params)
+KINDS = (TinyGPT, Recurrent, with_low_rank, Checkpointed, Normalised)
 
 
-@pytest.mark.parametrize("similarity", SIMILARITIES)
-@pytest.mark.parametrize("kind", (TinyGPT, Recurrent, with_low_rank, LabelsGiven, Checkpointed, Normalised))
-def test_is_the_double_loop(kind, similarity):
-    model = kind()
-    chunks, params = chunks_of(model), trainable(model)
-    expected = double_loop(chunks, params, similarity)
-    compare(chunks, params, similarity, expected, 1e-9)
+@each_form
+@each_similarity
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_the_double_loop(form, similarity, kind):
+    chunks, params = chunks_of(kind())
+    expected = seeded(double_loop, chunks, params, similarity)
+    with no_warnings():
+        assert_close(seeded(evaluate, form, chunks, params, similarity), expected, 1e-9)
 
 
-@pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_tied_weights_in_a_list_made_by_hand(similarity):
+@each_form
+def test_tied_weights_in_a_list_made_by_hand(form):
     model = TinyGPT()
-    chunks, params = chunks_of(model), trainable(model)
-    value, grads = double_loop(chunks, params, similarity)
-    torch.manual_seed(5)
-    seen, twice = streamed(chunks, [model.head.weight, *params], similarity)
-    assert seen.item() == pytest.approx(value.item(), rel=1e-9) and distance(twice[1:], grads) <= 1e-9
+    chunks, params = chunks_of(model)
+    expected = seeded(double_loop, chunks, params)
+    loss = seeded(form, chunks, [model.head.weight, *params])
+    loss.backward()
+    assert_close((loss.detach(), [p.grad for p in params]), expected, 1e-9)
 
 
-def test_frozen_parameters_of_low_rank_adaptation_are_told():
-    model = with_low_rank()
-    with pytest.raises(ValueError, match=r"does not require grad: give \[p for p in model.parameters\(\) if"):
-        dtl.gradient_collision_backward(chunks_of(model), model.parameters())
-
-
+@each_form
 @pytest.mark.parametrize("where", ("inside", "around"))
-def test_bfloat16_autocast(where):
-    torch.manual_seed(1)
+def test_bfloat16_autocast(form, where):
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
-    x, y = torch.randn(4, 16, 8), torch.randint(0, 4, (4, 16))
-    exact = copy.deepcopy(model).double()
-    expected = double_loop([lambda i=i: F.cross_entropy(exact(x[i].double()), y[i]) for i in range(4)],
-                           list(exact.parameters()), "cos")
+    x, y, exact = torch.randn(4, 16, 8), torch.randint(0, 4, (4, 16)), copy.deepcopy(model).double()
+    wide = [lambda i=i: F.cross_entropy(exact(x[i].double()), y[i]) for i in range(4)]
+    expected = double_loop(wide, list(exact.parameters()), "cos")
 
     def loss(i):
-        with torch.autocast("cpu", torch.bfloat16) if where == "inside" else contextlib.nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if where == "inside" else no_warnings():
             assert model(x[i]).dtype == torch.bfloat16
             return F.cross_entropy(model(x[i]), y[i])
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
-        compare([lambda i=i: loss(i) for i in range(4)], list(model.parameters()), "cos", expected, 0.05)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"), no_warnings():
+        chunks = [lambda i=i: loss(i) for i in range(4)]
+        assert_close(evaluate(form, chunks, list(model.parameters()), "cos"), expected, 0.05)
 
 
-@pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_bfloat16_parameters(similarity):
+@each_form
+@each_similarity
+def test_bfloat16_parameters(form, similarity):
     model = Recurrent()
-    chunks = chunks_of(model, dtype=torch.bfloat16)
-    exact = copy.deepcopy(model)
-    expected = double_loop(chunks_of(exact), list(exact.parameters()), similarity)
-    value, grads = streamed(chunks, list(model.parameters()), similarity)
+    chunks, params = chunks_of(model, torch.bfloat16)
+    expected = double_loop(*chunks_of(copy.deepcopy(model)), similarity)
+    value, grads = evaluate(form, chunks, params, similarity)
     assert value.dtype == torch.float32 and {g.dtype for g in grads} == {torch.bfloat16}
-    assert value.item() == pytest.approx(expected[0].item(), rel=0.1) and distance(grads, expected[1]) <= 0.1
+    assert_close((value, grads), expected, 0.1)
 
 
 def test_batch_norm_statistics_stay_where_they_are_kept():
     model = Normalised()
-    chunks, params = chunks_of(model), trainable(model)
+    chunks, params = chunks_of(model)
     before = copy.deepcopy(dict(model.named_buffers()))
     with dtl.running_statistics_kept(model):
-        kept, kept_grads = streamed(chunks, params, "dot")
+        kept = evaluate(FORMS["streamed"], chunks, params)
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
-    value, grads = streamed(chunks, params, "dot")
-    assert value.item() == kept.item() and distance(grads, kept_grads) == 0  # batch statistics in both
+    found = evaluate(FORMS["streamed"], chunks, params)
+    assert_close(found, kept, 0.0)  # the batch's statistics in both
     assert model.norm.num_batches_tracked == 8  # each chunk twice
 
 
-# ------------------------------------------ DistributedDataParallel -------------------------------
+# ---- DistributedDataParallel ----
 
 
 def retain(model, part):
@@ -215,52 +196,54 @@ def retain(model, part):
     return model(x[part]).square().mean()
 
 
-def collision_chunks(model):
-    g = torch.Generator().manual_seed(4)
-    x, y = torch.randn(4, 7, 6, dtype=torch.float64, generator=g), torch.randint(0, 3, (4, 7), generator=g)
-    return [lambda i=i: F.cross_entropy(model(x[i]), y[i]) for i in range(4)]
-
-
 def mlp():
+    """Weights and the callables of four chunks."""
     torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    x, y = torch.randn(4, 7, 6, dtype=torch.float64), torch.randint(0, 3, (4, 7))
+    return model, [lambda i=i: F.cross_entropy(model(x[i]), y[i]) for i in range(4)]
+
+
+def two_steps(model, loss, average=False):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss().backward()
+        for p in model.parameters() if average else ():
+            distributed.all_reduce(p.grad)
+            p.grad /= 2
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
 
 
 def step_in_a_process(rank):
-    """Two steps of one of two processes, as the docstring tells: GC, then the retain loss through DDP."""
-    found = {}
-    for view in (False, True):
-        ddp = nn.parallel.DistributedDataParallel(mlp(), gradient_as_bucket_view=view)
-        chunks = collision_chunks(ddp.module)
-        optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
-        for _ in range(2):
-            optimizer.zero_grad()
-            mine = chunks[:1] if rank else chunks[1:]
-            dtl.gradient_collision_backward(mine, ddp.module.parameters(), weight=3.0,
-                                            group=distributed.group.WORLD)
-            retain(ddp, rank).backward()
-            optimizer.step()
-        found[view] = [p.detach() for p in ddp.parameters()]
+    """One of two processes, whose gradients the caller averages, or DDP."""
+    found = []
+    for wrap in (None, dict(gradient_as_bucket_view=False), dict(gradient_as_bucket_view=True)):
+        model, chunks = mlp()
+        whole = nn.parallel.DistributedDataParallel(model, **wrap) if wrap else model
+        mine, form = chunks[:1] if rank else chunks[1:], FORMS["streamed"]
+        gc = functools.partial(form, mine, list(model.parameters()), group=distributed.group.WORLD)
+        loss = lambda whole=whole, gc=gc: retain(whole, rank) + 3 * gc()  # noqa: E731
+        found.append(two_steps(model, loss, average=not wrap))
     return found
 
 
 def test_distributed_data_parallel_steps_as_one_process(tmp_path):
-    ranks = in_processes(step_in_a_process, 2, tmp_path)
-    model = mlp()
-    chunks, optimizer = collision_chunks(model), torch.optim.SGD(model.parameters(), 0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        dtl.gradient_collision_backward(chunks, model.parameters(), weight=3.0)
-        ((retain(model, 0) + retain(model, 1)) / 2).backward()
-        optimizer.step()
-    assert distance(list(model.parameters()), list(mlp().parameters())) > 1e-3
-    for view in (False, True):
-        ours, theirs = (found[view] for found in ranks)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-        assert distance(ours, [p.detach() for p in model.parameters()]) <= 1e-12
+    (model, chunks), ranks = mlp(), in_processes(step_in_a_process, 2, tmp_path)
+
+    def loss():
+        mean = (retain(model, 0) + retain(model, 1)) / 2
+        return mean + 3 * FORMS["loss"](chunks, model.parameters())
+
+    start = [p.detach().clone() for p in model.parameters()]
+    expected = two_steps(model, loss)
+    assert distance(expected, start) > 1e-3
+    for ours, theirs in zip(*ranks):
+        assert all(map(torch.equal, ours, theirs)) and distance(ours, expected) <= 1e-12
 
 
-# ------------------------------------------ what is refused ------------------------------------------
+# ---- What is refused ----
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -283,57 +266,52 @@ class Fused(OnceDifferentiable):
         return (grad * ctx.saved_tensors[0].cos()).detach()
 
 
-def both_forms(chunks, params):
-    return (lambda: dtl.gradient_collision_loss([f() for f in chunks], params),
-            lambda: dtl.gradient_collision_backward(chunks, params))
-
-
-@pytest.mark.parametrize("form", (0, 1), ids=("loss", "backward"))
+@each_form
 @pytest.mark.parametrize("whole", (False, True), ids=("compiled model", "compiled loss"))
 def test_what_is_compiled_is_refused(whole, form):
     torch._dynamo.reset()
     model, data = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(3, 5, 4)
-    compiled = torch.compile((lambda x: model(x).square().sum()) if whole else model, backend="aot_eager")
+    params, square = list(model.parameters()), lambda x: model(x).square().sum()
+    compiled = torch.compile(square if whole else model, backend="aot_eager")
     chunks = [lambda x=x: compiled(x) if whole else compiled(x).square().sum() for x in data]
     with pytest.raises(ValueError, match="compiled"):
-        both_forms(chunks, list(model.parameters()))[form]()
+        form(chunks, params)
     with torch.compiler.set_stance("force_eager"):  # the way out that the docstring names
-        value, _ = streamed(chunks, list(model.parameters()), "dot")
-    reference = brute_force([model(x).square().sum() for x in data], list(model.parameters()), "dot")
-    assert value.item() == pytest.approx(reference.item(), rel=1e-5)
+        found = evaluate(form, chunks, params)
+    assert_close(found, double_loop([lambda x=x: square(x) for x in data], params), 1e-5)
 
 
+@each_form
 @pytest.mark.parametrize("beside", (False, True))
-def test_what_can_be_differentiated_once_is_refused(beside):
-    """beside: there is another way from the loss to every parameter, and autograd alone would pass it by."""
+def test_what_can_be_differentiated_once_is_refused(beside, form):
+    """beside: there is another way from the loss to every parameter, and autograd would take it."""
     first, second, data = nn.Linear(4, 3), nn.Linear(3, 3), torch.randn(3, 5, 4)
 
     def loss(x):
         hidden = OnceDifferentiable.apply(first(x))
-        return (second(hidden + torch.tanh(first(x))) if beside else second(hidden)).square().sum()
+        return second(hidden + torch.tanh(first(x)) if beside else hidden).square().sum()
 
     params = [*first.parameters(), *second.parameters()]
-    for form in both_forms([lambda x=x: loss(x) for x in data], params):
-        with pytest.raises(ValueError, match="once_differentiable"):
-            form()
+    with pytest.raises(ValueError, match="once_differentiable"):
+        form([lambda x=x: loss(x) for x in data], params)
 
 
 def test_a_gradient_without_a_graph_beside_others_is_warned_of():
     first, second, data = nn.Linear(4, 3), nn.Linear(3, 3), torch.randn(3, 5, 4)
     chunks = [lambda x=x: second(Fused.apply(first(x))).square().sum() for x in data]
-    for form in both_forms(chunks, [*first.parameters(), *second.parameters()]):
+    for call in (
+        lambda params: dtl.gradient_collision_loss([f() for f in chunks], params),
+        lambda params: dtl.streamed_gradient_collision_loss(chunks, params),
+    ):
         with pytest.warns(UserWarning, match="no second derivative") as seen:
-            form()
+            call([*first.parameters(), *second.parameters()])
         assert len(seen) == 1 and seen[0].filename == __file__  # it points at the caller
-    for form in both_forms(chunks, list(second.parameters())):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            form()
+        with no_warnings():
+            call(list(second.parameters()))
 
 
-def test_fused_attention_is_never_wrong_in_silence():
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+@each_form
+def test_fused_attention_is_never_wrong_in_silence(form):
     layer, data = nn.Linear(8, 24), torch.randn(3, 2, 5, 8)
 
     def loss(x):
@@ -342,9 +320,7 @@ def test_fused_attention_is_never_wrong_in_silence():
 
     chunks, params = [lambda x=x: loss(x) for x in data], list(layer.parameters())
     with pytest.raises(RuntimeError, match="scaled_dot_product"):
-        dtl.gradient_collision_backward(chunks, params)
+        evaluate(form, chunks, params)
     with sdpa_kernel(SDPBackend.MATH):  # the way out that the docstring names
-        value, grads = streamed(chunks, params, "cos")
-        reference = brute_force([f() for f in chunks], params, "cos")
-        assert distance(grads, gradient(reference, params)) <= 1e-4
-    assert value.item() == pytest.approx(reference.item(), rel=1e-4)
+        found, expected = evaluate(form, chunks, params), double_loop(chunks, params)
+    assert_close(found, expected, 1e-4)

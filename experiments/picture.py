@@ -1,0 +1,101 @@
+"""A picture of a run: target accuracy across, what the strongest attacker gets out of a model up.
+
+    python experiments/picture.py OUT [PNG]
+
+OUT is the folder of `python dtl.py all`; the picture becomes PNG, or else OUT/picture.png. A line
+joins the points of one method under several allowances, as of gc@0.5, gc and gc@2.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.transforms import Bbox  # noqa: E402
+
+TASKS = ("source-subset", "downstream")
+LEVELS = {"transferred": ("no disposal", "-"), "oracle": ("never saw the source", "--")}
+PLACES = [(7, 0), (-7, 0), (0, 7), (0, -7), (6, 8), (-6, 8), (6, -8), (-6, -8), (9, 18), (9, -18)]
+
+
+def read(path):
+    """{task: {model: (mean target accuracy, mean PL accuracy of its strongest attacker)}}, in %."""
+    by_seed, values, points = {}, {}, {task: {} for task in TASKS}
+    for line in path.read_text().splitlines():
+        r = json.loads(line)
+        if r["metric"] != "source_accuracy":
+            by_seed[r["model"], r["task"], r["attacker"], r["seed"]] = 100 * r["value"]
+    for key, value in by_seed.items():
+        values.setdefault(key[:3], []).append(value)
+    for model, task, attacker in sorted(values, key=lambda key: np.mean(values[key])):
+        if task:  # the strongest comes last
+            of_model = values[model, None, None], values[model, task, attacker]
+            points[task][model] = tuple(map(np.mean, of_model))
+    return points
+
+
+def write_names(panel, points, taken):
+    """Each name where it covers fewest points and other names; `taken` is what is there already."""
+    for x, y in panel.transData.transform(list(points.values())):
+        taken.append(Bbox([(x - 4, y - 4), (x + 4, y + 4)]))
+    for name, point in sorted(points.items(), key=lambda item: item[1]):
+        texts = []
+        for x, y in PLACES:
+            ha, va = (
+                ("center", "left", "right")[np.sign(x)],
+                ("center", "bottom", "top")[np.sign(y)],
+            )
+            how = dict(textcoords="offset points", ha=ha, va=va, fontsize=8)
+            texts.append(panel.annotate(name, point, (x, y), **how))
+        boxes = [text.get_window_extent() for text in texts]
+        covered = [sum(box.overlaps(other) for other in taken) for box in boxes]
+        best = covered.index(min(covered))
+        taken.append(boxes[best])
+        for text in texts[:best] + texts[best + 1 :]:
+            text.remove()
+
+
+def draw(panel, points, default):
+    """One panel; default: the allowance of a method that is named without one."""
+    lines, levels = {}, []
+    for name, point in points.items():
+        method, _, allowance = name.partition("@")
+        lines.setdefault(method, []).append((float(allowance or default), *point))
+    for line in lines.values():
+        _, across, up = zip(*sorted(line))
+        panel.plot(across, up, "o-k", ms=5, lw=0.8)
+    panel.margins(0.15)
+    panel.set_autoscale_on(False)
+    for model, (words, style) in LEVELS.items():
+        if model in points:
+            level = points[model][1]
+            panel.axhline(level, color="0.6", lw=1, ls=style, zorder=0)
+            edge = panel.get_xlim()[1]
+            how = dict(textcoords="offset points", ha="right", fontsize=7, color="0.4")
+            levels.append(panel.annotate(words, (edge, level), (0, 2), **how).get_window_extent())
+    write_names(panel, points, levels)
+
+
+def main(out, png=None):
+    out, settings, png = Path(out), Path(out, "config.json"), png or Path(out, "picture.png")
+    default = json.loads(settings.read_text())["settings"]["allowance"] if settings.exists() else 1
+    chart, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), dpi=120)
+    chart.subplots_adjust(0.06, 0.11, 0.99, 0.93, wspace=0.14)
+    for panel, (task, points) in zip(panels, read(out / "results.jsonl").items()):
+        draw(panel, points, default)
+        panel.set_title(f"{task}: PL accuracy of the strongest attacker, %", fontsize=9, loc="left")
+        panel.set_xlabel("target accuracy, %", fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    chart.savefig(png)
+    print(f"wrote {png}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

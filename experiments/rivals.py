@@ -1,0 +1,99 @@
+"""Other ways to forget: one forget loss each, beside the same retain loss and allowance.
+
+    python experiments/rivals.py all --methods gc,random-labels,random-labels-fresh
+
+What the papers leave open is OUR READING. It has the attackers of attackers.py and sceptic.py, too.
+"""
+
+import functools
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and that of dtl.py
+import sceptic  # noqa: E402, F401
+
+import dtl  # noqa: E402
+
+
+def source_answers(model, context):
+    """Log-probabilities (B, source classes) of a Model through the frozen source head."""
+    logits = dtl.Model(model.backbone, context.source_head, model.mixed)(context.x)
+    return F.log_softmax(logits, 1)
+
+
+def divergence(student, teacher):
+    """KL(teacher || student) of log-probabilities (B, classes), an image each, (B,)."""
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def negative_gradient(context):
+    """Ascent on cross entropy. An image whose loss has reached that of guessing counts no more, or
+    it would run away."""
+    answers = source_answers(context.student, context)
+    loss = F.nll_loss(answers, context.y, reduction="none")
+    return -loss.clamp(max=math.log(answers.shape[1])).mean()
+
+
+def random_labels(context):
+    """Cross entropy with labels drawn anew at every step."""
+    answers, labels = source_answers(context.student, context), context.y
+    how = dict(generator=context.generator, device=labels.device)
+    return F.nll_loss(answers, torch.randint(0, answers.shape[1], labels.shape, **how))
+
+
+@functools.cache
+def stranger(network, device):
+    """A random backbone, made once: every step and every seed has the same."""
+    backbone = dtl.new_backbone(network, dtl.stream("stranger"), device)
+    return backbone.eval().requires_grad_(False)
+
+
+def bad_teacher(context):
+    """Chundawat et al. 2023: distillation from a randomly initialised model."""
+    model = dtl.Model(stranger(context.config.network, context.x.device), context.source_head)
+    teacher = source_answers(model, context)
+    return divergence(source_answers(context.student, context), teacher).mean()
+
+
+def scrub(context):
+    """Kurmanji et al. 2023: away from the teacher's answers, clamped like the negative gradient."""
+    student, teacher = (source_answers(m, context) for m in (context.student, context.teacher))
+    return -divergence(student, teacher).clamp(max=math.log(student.shape[1])).mean()
+
+
+def gradient_norm(context):
+    """Squared norm of the whole batch's gradient. The mean of GC over batches is that of the source
+    task's own gradient; this holds the noise of one batch, too, which is many times as much."""
+    head = context.source_head
+    head = dtl.new_head(head.in_features, head.out_features, context.generator)
+    backbone = context.student.backbone
+    loss = F.cross_entropy(head(backbone(context.x)), context.y)
+    gradients = torch.autograd.grad(loss, list(backbone.parameters()), create_graph=True)
+    return sum(gradient.square().sum() for gradient in gradients)
+
+
+def collision_through_source_head(context):
+    """GC through the trained head, whose nearest stationary point is the source optimum itself."""
+    c, backbone = context.config, context.student.backbone
+    losses = dtl.chunk_losses(backbone, context.source_head, context.x, context.y, c.chunks)
+    return dtl.gradient_collision_loss(losses, backbone.parameters(), similarity=c.similarity)
+
+
+dtl.METHODS |= {
+    "neggrad": negative_gradient,
+    "random-labels": random_labels,
+    "bad-teacher": bad_teacher,
+    "scrub": scrub,
+    "gradient-norm": gradient_norm,
+    "gc-head": functools.partial(dtl.gradient_collision, with_head=True),
+    "gc-source-head": collision_through_source_head,
+    "random-labels-fresh": random_labels,
+    "gradient-norm-fresh": gradient_norm,
+}
+
+if __name__ == "__main__":
+    dtl.main(prog_name="rivals.py")
