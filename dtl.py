@@ -29,7 +29,6 @@ import itertools
 import json
 import logging
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -95,8 +94,8 @@ def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot", 
         dGC = 2/(n(n-1)) * sum_i (du_i/dparams)^T (S - u_i),   S = sum_i u_i;  S, u_i held constant
 
     chunk_losses: n >= 2 callables without arguments, each of which computes its chunk's loss and
-    all of its graph, twice, the second time under torch's random state of the first: draw from
-    other generators outside. About four plain steps; no CUDA graph can capture it. group: a
+    all of its graph, twice, the second time under torch's random state of the first; a generator of
+    your own would draw differently. About four plain steps; no CUDA graph can capture it. group: a
     torch.distributed group over whose ranks the chunks are spread: GC is of all chunks, dGC the
     MEAN of the ranks' gradients. Average .grad afterwards.
 
@@ -116,7 +115,7 @@ def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot", 
     for i, chunk_loss in enumerate(chunk_losses):
         u = _gc_vector(chunk_loss(), params, similarity, i)
         value, total = value + _gc_inner(u, total), total + u
-    if group is not None:  # the pairs of all of S, but those within a rank, which are in `value`
+    if group is not None:  # the sum over pairs is (|S|^2 - sum |u|^2) / 2; a rank knows its |u|
         numbers = value - _gc_inner(total, total) / 2
         numbers = torch.stack([numbers, torch.full_like(numbers, n)])
         for tensor in (total, numbers):
@@ -170,7 +169,7 @@ class Balance(torch.nn.Module):
     @torch.no_grad()
     def backward(self, retain_loss, forget_loss, params, measured=None):
         """Adds the step's gradient to .grad of params, which are leaves. Both losses are tensors ()
-        with graphs, which may be shared; measured: a tensor (), if not retain_loss is measured.
+        with graphs, which may be shared; measured: the tensor () held against the allowance.
         Where one is not finite, neither is the gradient, and the state stays as it was."""
         params = _gc_params(params, leaves=True)
         measured = (retain_loss if measured is None else measured).detach()
@@ -178,27 +177,28 @@ class Balance(torch.nn.Module):
             retain = torch.autograd.grad(retain_loss, params, retain_graph=True, allow_unused=True)
             forget = torch.autograd.grad(forget_loss, params, allow_unused=True)
         rows = list(zip(params, retain, forget))
+        # transposed: the parameters, retain gradients and forget gradients that both losses reach
         shared = zip(*(row for row in rows if not (row[1] is None or row[2] is None)))
         norms = [_gc_norm(torch.cat([v.flatten() for v in column])) for column in shared]
         if not norms:
             raise ValueError("no parameter is reached by both losses: is one of another model?")
-        theta, a, b = norms
-        self.to(b.device, torch.float32)
-        finite = torch.isfinite(measured + forget_loss + retain_loss + a + b)
+        theta_norm, a_norm, b_norm = norms
+        self.to(b_norm.device, torch.float32)
+        finite = torch.isfinite(measured + forget_loss + retain_loss + a_norm + b_norm)
 
         def update(buffer, new, at_first):
             new = torch.where(torch.isnan(buffer), at_first, new)
             buffer.copy_(torch.where(finite, new, buffer))
 
         update(self.mean, 0.9 * self.mean + 0.1 * measured, measured)
-        update(self.forget_norm, 0.95 * self.forget_norm + 0.05 * b, b)
+        update(self.forget_norm, 0.95 * self.forget_norm + 0.05 * b_norm, b_norm)
         if self.allowance is not None:
             room = (1 - self.mean / self.allowance).clamp(-1, 1)
             stronger = (self.strength * torch.exp(0.02 * room)).clamp(*self.limits)
             update(self.strength, stronger, stronger)
-            a = torch.maximum(a, self.allowance / theta)
-        scale = self.strength * a / torch.maximum(b, self.forget_norm)
-        scale = torch.where(finite, torch.where(b == 0, 0.0, scale), math.nan)
+            a_norm = torch.maximum(a_norm, self.allowance / theta_norm)
+        scale = self.strength * a_norm / torch.maximum(b_norm, self.forget_norm)
+        scale = torch.where(finite, torch.where(b_norm == 0, 0.0, scale), math.nan)
         for p, of_retain, of_forget in rows:
             if p.grad is None and (of_retain is not None or of_forget is not None):
                 p.grad = torch.zeros_like(p)  # in p's strides, on which a fused optimiser relies
@@ -341,11 +341,12 @@ def gradient_stats(gradients, backend="auto"):
     `squared_norm`, the mean of |g_i|^2. backend: "native" (the C routine; on the CPU, n <= 1024),
     "torch" or "auto". ValueError for all else."""
     rows, n = [g.detach().contiguous() for g in gradients], len(gradients)
-    (module, why), kinds = native_routine(), {(*g.shape, g.dtype, g.device) for g in rows}
+    module, why = native_routine()
+    kinds = {(*g.shape, g.dtype, g.device) for g in rows}
     if len(kinds) != 1 or rows[0].dim() != 1 or rows[0].dtype not in (torch.float32, torch.float64):
         raise ValueError(f"vectors (p,) float32 or float64 of one kind are needed, not {kinds}")
     native = module is not None and rows[0].device.type == "cpu" and n <= 1024
-    if backend not in ("auto", "torch", *["native"] * native):
+    if backend not in ("auto", "torch", "native") or backend == "native" and not native:
         raise ValueError(f"no backend {backend!r} for {n} of {kinds}: the C routine is {why}")
     gram = torch.zeros(n, n, dtype=torch.float64, device=rows[0].device)
     if native and backend != "torch":
@@ -409,7 +410,7 @@ class Config:
     # OUR READING: the abstract gives neither similarity, chunks, head nor how losses are balanced.
     dispose_steps: int = setting(1500, 0, "stage 3")
     dispose_lr: float = setting(0.02, float, "stage 3, peak learning rate")
-    allowance: float = setting(1.0, float, "how large the retain loss may become in disposal")
+    allowance: float = setting(1.0, float, "how large the retain loss, T^2 KL, may become")
     similarity: str = setting("dot", ["dot", "cos"], "of gradients, in GC")
     chunks: int = setting(4, 2, "of a source batch, whose gradients collide")
     chunk_size: int = setting(32, 2, "images a chunk")
@@ -419,13 +420,18 @@ class Config:
 
     def __post_init__(self):  # what a script gives is checked as the command line's is
         for option in config_options():
-            option.type.convert(getattr(self, option.name), option, None)
+            value = option.type.convert(getattr(self, option.name), option, None)
+            if value != value:
+                raise DTLError(f"{option.opts[0]}: {value} is no number")
+            object.__setattr__(self, option.name, value)
 
     @property
     def oracle(self):
-        """More images of the target."""
-        more = f"@{self.oracle_per_class}" if self.oracle_per_class else ""
-        return re.sub(r"@\d+$", "", self.target) + more
+        """The task with more images of the target, or where there are no more, the target."""
+        asked, more = re.search(r"@(\d+)$", self.target), self.oracle_per_class
+        if not asked or 0 < more <= int(asked[1]):
+            return self.target
+        return self.target[: asked.start()] + (f"@{more}" if more else "")
 
 
 def config_options():
@@ -483,7 +489,8 @@ def load_task(name, seed, data_dir="data", device="cpu", split="test", image_siz
     tenth of each class's training images. image_size: pixels a side, by area averaging."""
     form = r"(.+\.npz|[^\[\]@]+)(?:\[(\d{0,9}):(\d{0,9})\])?(?:@([1-9]\d{0,8}))?"
     if not (match := re.fullmatch(form, name)):
-        raise DTLError(f"{name!r} is no task SET[FROM:TO]@PER_CLASS, as cifar100[0:80]@50 is")
+        wanted = "SET[FROM:TO]@PER_CLASS, like cifar100[0:80]@50; own data needs all three tasks"
+        raise DTLError(f"{name!r} is no task {wanted}: --source, --target, --downstream")
     x, y, x_test, y_test = load_set(match[1], Path(data_dir))
     count = int(max(y.max(), y_test.max())) + 1
     first, end, kept, measured = int(match[2] or 0), int(match[3] or count), [], []
@@ -511,9 +518,10 @@ def resized(images, size):
     """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, by area averaging; 0: as they are."""
     if size > min(images.shape[2:]):
         raise DTLError(f"images {tuple(images.shape[2:])} are smaller than --image-size {size}")
+    if not size:
+        return images
     shrink = functools.partial(F.interpolate, size=(size, size), mode="area")
-    parts = [shrink(part.float()).round().byte() for part in images.split(4096) if size]
-    return torch.cat(parts) if size else images
+    return torch.cat([shrink(part.float()).round().byte() for part in images.split(4096)])
 
 
 def first_of_each_class(task, count):
@@ -541,15 +549,15 @@ def read_npz(path):
     if len(found) < 4:
         seen = f"{', '.join(found) or 'none'} of {size} GiB"
         raise DTLError(f"{path}: {', '.join(names)} under 16 GiB are needed, not {seen}")
+    shape = (*found["x_test"].shape[1:3], 3)
     for x, y in ((found["x_train"], found["y_train"]), (found["x_test"], found["y_test"])):
-        if x.dtype != np.uint8 or x.shape[1:] != (*found["x_test"].shape[1:3], 3) or not x.size:
-            seen = f"{x.dtype} {x.shape}"
-            raise DTLError(f"{path}: x_train, x_test must be uint8, one (N, H, W, 3), not {seen}")
-        whole = y.dtype.kind in "iu" and y.shape == x.shape[:1]
-        if not whole or y.min() < 0 or y.max() >= 1 << 20:
-            seen = f"{y.dtype} {y.shape}" + (f", {y.min()} to {y.max()}" if whole else "")
-            wanted = f"an integer an image ({len(x)},), from 0 to at most {1 << 20}"
-            raise DTLError(f"{path}: y_train, y_test must be {wanted}, not {seen}")
+        right = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == shape and x.size
+        right = right and y.shape == x.shape[:1]
+        if not right or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 1 << 20:
+            seen = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in found.items())
+            wanted = "x uint8 (N, H, W, 3) of one size, y integers (N,) from 0 to 2^20"
+            span = f", y from {y.min()} to {y.max()}" if y.dtype.kind in "iu" and y.size else ""
+            raise DTLError(f"{path}: {wanted} are needed, not {seen}{span}")
         arrays += [np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y.astype(np.int64)]
     return tuple(arrays)
 
@@ -596,7 +604,8 @@ def download(address, sha256, folder):
             told = f"cannot download {address} ({error})"
             raise DTLError(f"{told}: try again, or put its folder at {folder}") from None
         shutil.unpack_archive(archive, scratch)
-        os.replace(os.path.join(scratch, folder.name), folder)
+        with contextlib.suppress(OSError):  # another process was faster; sizes are checked anyway
+            os.replace(os.path.join(scratch, folder.name), folder)
 
 
 def draw_shapes(per_class, seed):
@@ -676,7 +685,7 @@ def augmented(images, how, generator):
 
 
 def normalise(images):
-    """uint8 -> float32 about [-2, 2]. Constants: no task's statistics reach another's model."""
+    """uint8 -> float32 in [-2, 2]. Constants: no task's statistics reach another's model."""
     return (images.float() - 127.5) / 63.75
 
 
@@ -818,7 +827,7 @@ def train(model, step_loss, schedule, seed, checkpoint=None, graph=True, inspect
     optimizer = torch.optim.SGD(params, schedule[0], **how)
     generator, first, names, terms = torch.Generator(params[0].device), 0, [], []
     if checkpoint and checkpoint.exists():
-        saved = load(checkpoint, params[0].device)
+        saved = load(checkpoint)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
@@ -889,18 +898,20 @@ def transfer(pretrained, target, config, seed, checkpoint=None):
 
 def dispose(pretrained, transferred, source, target, method, config, seed, checkpoint=None):
     """Stage 3: the scrubbed Model. The student starts as the transferred model, or with a fresh
-    backbone if the method's name ends in -fresh. It minimises the retain loss on target images and
-    the method's forget loss on source images, balanced by an allowance. Source images leave no
-    trace in BatchNorm's running statistics."""
+    backbone if the method's name ends in -fresh. It minimises the retain loss, distillation of the
+    transferred model's answers on target images, and the method's forget loss on source images,
+    balanced by an allowance. Source images leave no trace in BatchNorm's running statistics."""
     name, allowance = split_method(method, config.allowance)
     forget, balance, fresh, c = METHODS[name], Balance(allowance), name.endswith("-fresh"), config
     teacher = copy.deepcopy(transferred).eval().requires_grad_(False)
     source_head = copy.deepcopy(pretrained.head).requires_grad_(False)
-    student, schedule = copy.deepcopy(transferred), one_cycle(c.dispose_steps, c.dispose_lr)
     if fresh:
         backbone = new_backbone(c.network, stream(seed, "student"), target.x.device)
         student = with_new_head(backbone, target, c, stream(seed, "student"))
         schedule = one_cycle(c.fresh_steps, c.fresh_lr)
+    else:
+        student = copy.deepcopy(transferred)
+        schedule = one_cycle(c.dispose_steps, c.dispose_lr)
 
     def source_batch(generator):
         return batch(source, c.chunks * c.chunk_size, c.augment, generator)
@@ -989,7 +1000,7 @@ METHODS = {  # name -> forget loss, a function of a Context, or None: the retain
     "finetune": None,
     "uniform": uniform_labels,
     "gc": gradient_collision,
-    # Into a fresh backbone; the transferred model's answers on source images are distilled, too.
+    # -fresh: into a fresh backbone, which also learns the transferred model's answers on the source
     "distill-fresh": None,
     "uniform-fresh": uniform_labels,
     "gc-fresh": gradient_collision,
@@ -999,8 +1010,9 @@ METHODS = {  # name -> forget loss, a function of a Context, or None: the retain
 def split_method(method, default=1.0):
     """'gc@0.5' -> ('gc', 0.5); 'gc' -> ('gc', default)."""
     name, at, number = method.partition("@")
-    if name not in METHODS or at and not (METHODS[name] and re.fullmatch(r"\d+(\.\d+)?", number)):
-        told = f"{method!r} is not of {', '.join(METHODS)}, @ALLOWANCE after one that forgets"
+    right = METHODS.get(name) and re.fullmatch(r"\d+(\.\d+)?", number)
+    if name not in METHODS or at and not (right and 1e-4 <= float(number) <= 1e3):
+        told = f"{method!r} is not of {', '.join(METHODS)}, with @0.0001 to @1000 if it forgets"
         raise DTLError(f"--methods: {told}")
     return name, float(number) if at else default
 
@@ -1016,7 +1028,7 @@ def rescaled(backbone, task, config, seed):
     slow an attacker down without any forgetting."""
     with torch.no_grad():
         for filters in (p for p in backbone.parameters() if p.dim() == 4):  # (out, in, h, w)
-            size = (2 / filters[0].numel()) ** 0.5 / filters.std((1, 2, 3), keepdim=True)
+            size = (3 * filters[0].numel()) ** -0.5 / filters.std((1, 2, 3), keepdim=True)
             filters.mul_(torch.where(size.isfinite(), size, 1.0))
     return attack(backbone, task, config, seed, times=5, lr=0.1)
 
@@ -1029,11 +1041,10 @@ ATTACKERS = {  # name -> function of (backbone, its own to change; task; config;
 
 
 # ---- One run, one folder: what is there is used, what is missing is made ----
-# OUT/config.json, OUT/seed0/gc.pt, OUT/results.jsonl
+# OUT: config.json, results.jsonl, log.jsonl, report.md, seed0/gc.pt, seed0/gc.part.pt (unfinished)
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun's
 PIGGYBACK_TASKS, REFERENCES = ("source-subset", "downstream"), ("scratch", "oracle", "transferred")
-MADE_FROM = {"pretrained": [], "scratch": [], "oracle": [], "transferred": ["pretrained"]}
 RESULT = ("seed", "model", "metric", "task", "attacker")  # of a value in results.jsonl
 
 
@@ -1056,25 +1067,24 @@ def append(path, record):
 def save(path, state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write(path, buffer.getvalue())
+    data = buffer.getvalue()
+    write(path, data + hashlib.sha256(data).digest())  # torch.load passes over what follows
 
 
-def load(path, device):
-    """The state saved at `path`, or DTLError."""
-    with contextlib.suppress(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError):
-        if not zipfile.ZipFile(path).testzip():  # torch.load reads a flipped byte without a word
-            return torch.load(path, map_location=device, weights_only=True)
-    raise DTLError(f"{path} is damaged")
+def load(path):
+    """The state saved at `path`, on the CPU, or DTLError."""
+    data = Path(path).read_bytes()
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise DTLError(f"{path} is damaged")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def load_model(path, device="cpu", mixed=False, **expected):
     """A Model that a run saved, as in dtl.load_model("runs/demo/seed0/gc.pt"), to be evaluated."""
-    saved = load(Path(path), device)
+    saved = load(path)
     for name, value in expected.items():
-        if saved[name] != value:
-            raise DTLError(
-                f"{path} was made with {name} {saved[name]}, not {value}: give another --out"
-            )
+        if saved.get(name) != value:
+            raise DTLError(f"{path}: {name} {saved.get(name)}, not {value}: give another --out")
     classes, features = saved["state"]["head.weight"].shape
     head = nn.Linear(features, classes, device=device)
     model = Model(new_backbone(saved["network"], 0, device), head, mixed)
@@ -1085,39 +1095,47 @@ def load_model(path, device="cpu", mixed=False, **expected):
 def describe(config):
     """What config.json holds: settings, and the digests of own data and of the code that runs."""
     tasks = (config.source, config.target, config.downstream)
-    data = {re.sub(r"(?<=\.npz)[\[@].*", "", task) for task in tasks if ".npz" in task}
-    code = {__file__, getattr(sys.modules["__main__"], "__file__", None) or __file__}
+    data = sorted({re.sub(r"(?<=\.npz)[\[@].*", "", task) for task in tasks if ".npz" in task})
+    main = getattr(sys.modules["__main__"], "__file__", None) or __file__
+    code = sorted({file for file in (__file__, main) if Path(file).is_file()})
 
-    def digests(files):
-        paths = [Path(file) for file in sorted(files) if Path(file).is_file()]
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    def digest(file):
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
-    return dict(settings=asdict(config) | digests(data), code=digests(code))
+    settings = asdict(config) | {file: digest(file) for file in data}
+    return dict(settings=settings, code={Path(file).name: digest(file) for file in code})
 
 
 def check_folder(out, now):
     """Refuses a folder made with other settings or data; warns of one made by other code."""
     path = out / "config.json"
-    try:
-        before = json.loads(path.read_text()) if path.exists() else now
+    try:  # what a run left that made nothing blocks nothing
+        made = path.exists() and any(out.glob("seed*/*.pt"))
+        before = json.loads(path.read_text()) if made else now
     except ValueError:
         raise DTLError(f"{path} is damaged: give another --out") from None
     for part, new in now.items():
-        old = before[part]
+        old = before.get(part, {})
         names = [name for name in old | new if old.get(name) != new.get(name)]
         told = "; ".join(f"{name} {old.get(name)}, not {new.get(name)}" for name in names)
         if names and part == "settings":
             way = "give another --out (a copy of its seed*/pretrained.pt there is a start)"
-            raise DTLError(f"{out} was made with {told}: {way}")
+            raise DTLError(f"{out}: {way}: it was made with {told}")
         if names:
             click.echo(f"warning: {out} was made by another version: {told}", err=True)
+
+
+def made_from(model):
+    if model in ("pretrained", "scratch", "oracle"):
+        return []
+    return ["pretrained"] if model == "transferred" else ["pretrained", "transferred"]
 
 
 def read_results(out):
     """{(seed, model, metric, task, attacker): value}; what is no line of results is passed over."""
     path, found = Path(out, "results.jsonl"), {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, LookupError, TypeError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             record = json.loads(line)
             found[tuple(record[name] for name in RESULT)] = float(record["value"])
     return found
@@ -1127,15 +1145,15 @@ def tidy(out):
     """Before anything is made: damaged files go, and with each missing model its results."""
     for path in sorted(out.glob("seed*/*.pt")):
         try:
-            load(path, "cpu")
+            load(path)
         except DTLError as error:
             click.echo(f"warning: {error.message}; it is made anew", err=True)
             path.unlink()
-    for path in sorted(out.glob("seed*/*.pt")):
-        for earlier in MADE_FROM.get(path.name.split(".pt")[0], ["pretrained", "transferred"]):
+    for path in (path for path in sorted(out.glob("seed*/*.pt")) if ".part." not in path.name):
+        for earlier in made_from(path.name.removesuffix(".pt")):
             if not path.with_name(f"{earlier}.pt").exists():
-                told = f"{path} was made from {earlier}.pt, which is missing: delete it, too?"
-                click.echo(f"warning: {told}", err=True)
+                told = f"{path} was made from {earlier}.pt, which is missing"
+                click.echo(f"warning: {told}; without it, too, both are made anew", err=True)
     path, lines = out / "results.jsonl", b""
     for key, value in read_results(out).items():
         if (out / f"seed{key[0]}" / f"{key[1]}.pt").exists():
@@ -1167,9 +1185,10 @@ class Watch(logging.Handler):
             self.bar = self.bar or click.progressbar(**how)
             self.bar.update(row["step"] - self.bar.pos)
         if "stage" in row or row.get("step") != row.get("steps"):
-            return
+            return  # but at the end of a stage, and for a measurement, which has no steps
         if self.bar:
-            self.bar = self.bar.render_finish()
+            self.bar.render_finish()
+            self.bar = None
         terms = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "steps")]
         click.echo(f"{self.stage}: {', '.join(terms)}")
 
@@ -1183,6 +1202,8 @@ class Run:
         names = dict(source=c.source, target=c.target, downstream=c.downstream, oracle=c.oracle)
         where = (seed, data_dir, device, c.split, c.image_size)
         self.tasks = {task: load_task(name, *where) for task, name in names.items()}
+        if self.tasks["source"].y.bincount().min() < c.subset_per_class:
+            raise DTLError(f"--subset-per-class {c.subset_per_class}: {c.source} has fewer")
         subset = first_of_each_class(self.tasks["source"], c.subset_per_class)
         self.tasks["source-subset"], by_size = subset, {}
         for name, (task, passes, least) in PASSES.items():
@@ -1196,30 +1217,31 @@ class Run:
         path, c = self.out / f"seed{self.seed}" / f"{name}.pt", self.config
         kind = dict(network=c.network, source=c.source)  # a copied pretrained.pt must fit
         if not path.exists():
-            earlier = map(self.model, MADE_FROM.get(name, ["pretrained", "transferred"]))
+            earlier = [self.model(before) for before in made_from(name)]
+            settings = self.out / "config.json"
+            if not settings.exists() or not any(self.out.glob("seed*/*.pt")):
+                write(settings, json.dumps(describe(self.given), indent=1).encode())
             checkpoint = path.with_suffix(".part.pt")
-            made = self.make(name, list(earlier), checkpoint)
+            made = self.make(name, earlier, checkpoint)
             save(path, kind | dict(state=made.state_dict()))
             checkpoint.unlink(missing_ok=True)
-            settings = self.out / "config.json"
-            if not settings.exists():  # with the first model: a mistyped run blocks nothing
-                write(settings, json.dumps(describe(self.given), indent=1).encode())
         mixed = c.precision == "auto" and self.device.type == "cuda"
         return load_model(path, self.device, mixed, **kind)
 
     def make(self, name, earlier, checkpoint):
         LOG.info(dict(stage=f"seed {self.seed} {name}"))
-        c, target, seed = self.config, self.tasks["target"], functools.partial(stream, self.seed)
+        c, target = self.config, self.tasks["target"]
+        seed_of = functools.partial(stream, self.seed)
         if name == "pretrained":
-            return pretrain(self.tasks["source"], c, seed("pretrain"), checkpoint)
+            return pretrain(self.tasks["source"], c, seed_of("pretrain"), checkpoint)
         if name == "transferred":
-            return transfer(*earlier, target, c, seed("transfer"), checkpoint)
+            return transfer(*earlier, target, c, seed_of("transfer"), checkpoint)
         if name in ("scratch", "oracle"):  # references that never see the source
             c = replace(c, pretrain_steps=c.fresh_steps, pretrain_lr=c.fresh_lr)
             task = self.tasks["oracle"] if name == "oracle" else target
-            return pretrain(task, c, seed("fresh"), checkpoint)
+            return pretrain(task, c, seed_of("fresh"), checkpoint)
         tasks = self.tasks["source"], target
-        return dispose(*earlier, *tasks, name, c, seed("dispose"), checkpoint)
+        return dispose(*earlier, *tasks, name, c, seed_of("dispose"), checkpoint)
 
     def measure(self, model, metric, task=None, attacker=None):
         """Adds a line to results.jsonl, unless it is there: `source_accuracy`, `target_accuracy`,
@@ -1279,7 +1301,7 @@ def table(numbers, models, attackers):
 
 def in_words(numbers, models, attackers):
     """A sentence a method, and one where an attacker's failure says nothing about forgetting."""
-    lines, mean = [], {key: np.mean(values) for key, values in numbers.items()}
+    lines, mean = [], {key: round(np.mean(values), 9) for key, values in numbers.items()}
     for m in (m for m in models if m not in REFERENCES):
         gets = [f"{mean[m, task, 'strongest']:.1f}% on {task}" for task in PIGGYBACK_TASKS]
         change = f"{mean[m, 'target'] - mean['transferred', 'target']:+.1f} points"
@@ -1333,7 +1355,8 @@ def models_in(stage, methods, config):
     names = list(METHODS) if methods == "all" else methods.split(",")
     pairs = [split_method(name) for name in names]
     names = [f"{m}@{a:g}" if "@" in name else m for name, (m, a) in zip(names, pairs)]
-    names_in("--methods", ",".join(names), names)
+    if len(set(names)) < len(names):
+        raise DTLError(f"--methods {methods}: each once")
     known = [m for m in REFERENCES if m != "oracle" or config.oracle != config.target]
     before = {"all": known, "pretrain": []}.get(stage, ["transferred"])
     return before + names if stage in ("all", "dispose", "piggyback") else before
@@ -1342,16 +1365,19 @@ def models_in(stage, methods, config):
 def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings):
     """Make the models that a stage needs, measure them, report."""
     if stage == "data":
-        return click.echo(" ".join(name for name in CIFAR if read_cifar(name, data_dir)))
+        for name in CIFAR:
+            read_cifar(name, data_dir)
+        return click.echo(f"{data_dir}: {', '.join(CIFAR)}")
     config, device = Config(**settings), find_device(gpu, settings["precision"])
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", seeds):
         raise DTLError(f"--seeds {seeds!r}: not a list of whole numbers like 0,1,2")
-    seeds = [int(seed) for seed in names_in("--seeds", seeds, seeds.split(","))]
+    seeds = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     models = models_in(stage, methods, config)
     attackers = names_in("--attackers", attackers, ATTACKERS)
     tasks = PIGGYBACK_TASKS if stage in ("all", "piggyback") else ()
     out = out or Path(os.environ.get("DTL_OUT", "runs"), preset)
-    about, wait = about_this(device), torch.distributed.barrier if WORLD > 1 else (lambda: None)
+    about = about_this(device)
+    wait = torch.distributed.barrier if WORLD > 1 else lambda: None
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     if RANK == 0:
@@ -1403,7 +1429,11 @@ class Command(click.Command):
             told = f"a smaller --batch-size or --chunk-size may do: {error}"
         except DTLError as error:
             told = error.message
-        stage = [f"{watch.stage}: " for watch in LOG.handlers if getattr(watch, "stage", "")]
+        finally:
+            watches = [handler for handler in LOG.handlers if isinstance(handler, Watch)]
+            for watch in watches:
+                LOG.removeHandler(watch)
+        stage = [f"{watch.stage}: " for watch in watches if watch.stage]
         raise DTLError("".join(stage) + told)
 
 

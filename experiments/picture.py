@@ -3,7 +3,8 @@
     python experiments/picture.py OUT [PNG]
 
 OUT is the folder of `python dtl.py all`; the picture becomes PNG, or else OUT/picture.png. A line
-joins the points of one method under several allowances, as of gc@0.5, gc and gc@2.
+joins the points of one method under several allowances, as of gc@0.5, gc and gc@2. The model
+`scratch`, far to the left of all others, is left out.
 """
 
 import json
@@ -32,27 +33,27 @@ def read(path):
     for key, value in by_seed.items():
         values.setdefault(key[:3], []).append(value)
     for model, task, attacker in sorted(values, key=lambda key: np.mean(values[key])):
-        if task:  # the strongest comes last
+        if task and model != "scratch":  # the strongest attacker comes last
             of_model = values[model, None, None], values[model, task, attacker]
             points[task][model] = tuple(map(np.mean, of_model))
     return points
 
 
 def write_names(panel, points, taken):
-    """Each name where it covers fewest points and other names; `taken` is what is there already."""
-    for x, y in panel.transData.transform(list(points.values())):
-        taken.append(Bbox([(x - 4, y - 4), (x + 4, y + 4)]))
+    """Each name where it covers least of the lines, points and other words, which are `taken`."""
+    for line in panel.lines:
+        for x, y in line.get_transform().transform(line.get_path().interpolated(20).vertices):
+            taken.append(Bbox([(x - 4, y - 4), (x + 4, y + 4)]))
     for name, point in sorted(points.items(), key=lambda item: item[1]):
         texts = []
         for x, y in PLACES:
-            ha, va = (
-                ("center", "left", "right")[np.sign(x)],
-                ("center", "bottom", "top")[np.sign(y)],
-            )
+            ha = {-1: "right", 0: "center", 1: "left"}[np.sign(x)]
+            va = {-1: "top", 0: "center", 1: "bottom"}[np.sign(y)]
             how = dict(textcoords="offset points", ha=ha, va=va, fontsize=8)
             texts.append(panel.annotate(name, point, (x, y), **how))
         boxes = [text.get_window_extent() for text in texts]
         covered = [sum(box.overlaps(other) for other in taken) for box in boxes]
+        covered = [c + 99 * (box.x1 > panel.bbox.x1) for c, box in zip(covered, boxes)]  # outside
         best = covered.index(min(covered))
         taken.append(boxes[best])
         for text in texts[:best] + texts[best + 1 :]:
@@ -69,14 +70,15 @@ def draw(panel, points, default):
         _, across, up = zip(*sorted(line))
         panel.plot(across, up, "o-k", ms=5, lw=0.8)
     panel.margins(0.15)
+    panel.autoscale_view()  # now, before names are placed
     panel.set_autoscale_on(False)
     for model, (words, style) in LEVELS.items():
         if model in points:
             level = points[model][1]
             panel.axhline(level, color="0.6", lw=1, ls=style, zorder=0)
-            edge = panel.get_xlim()[1]
-            how = dict(textcoords="offset points", ha="right", fontsize=7, color="0.4")
-            levels.append(panel.annotate(words, (edge, level), (0, 2), **how).get_window_extent())
+            where = (panel.get_xlim()[0], level), (3, 2)
+            how = dict(textcoords="offset points", fontsize=7, color="0.4")
+            levels.append(panel.annotate(words, *where, **how).get_window_extent())
     write_names(panel, points, levels)
 
 

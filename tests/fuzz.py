@@ -1,8 +1,8 @@
 """Damaged and hostile input to everything that parses: python tests/fuzz.py [COUNT] [SEED]
 
-Each parser gets COUNT inputs (100,000 by default: ten minutes), whole ones with bytes changed, cut, doubled and mixed.
-It must answer with a result or with its one error: DTLError, or for files of its own a warning and nothing. Anything
-else is printed and counted. Not part of the test suite.
+Each parser gets COUNT inputs (100,000 by default: ten minutes), whole ones with bytes changed, cut,
+doubled and mixed. It must answer with a result or with DTLError. Anything else is printed and
+counted. Not part of the test suite.
 """
 
 import contextlib
@@ -22,36 +22,35 @@ import torch
 
 import dtl
 
-CPU = torch.device("cpu")
+HOSTILE = (b"9", b"-", b"[", b"]", b"@", b":", b",", b"\n", b'"', b"{", b"\xff")
 
 
-def damaged(whole: bytes, rng: random.Random) -> bytes:
+def damaged(whole, rng):
     data = bytearray(whole)
     for _ in range(rng.choice((1, 1, 2, 5))):
-        at, kind = rng.randrange(len(data) + 1), rng.randrange(6)
-        if kind == 0:
-            data[at : at + 1] = bytes([rng.randrange(256)])
-        elif kind == 1:
-            del data[at : at + rng.randrange(1, 40)]
-        elif kind == 2:
-            data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9)))
-        elif kind == 3:
-            data = data[:at] or bytearray(b"\0")
-        elif kind == 4:
-            data[at:at] = data[: rng.randrange(40)]
-        else:
-            data[at : at + 1] = rng.choice((b"9", b"-", b"[", b"]", b"@", b":", b",", b"\n", b'"', b"{", b"\xff"))
+        at, length = rng.randrange(len(data) + 1), rng.randrange(1, 40)
+        start, end, new = rng.choice(
+            [
+                (at, at + 1, bytes([rng.randrange(256)])),
+                (at, at + length, b""),
+                (at, at, rng.randbytes(length % 9)),
+                (at, len(data), b""),
+                (at, at, data[:length]),
+                (at, at + 1, rng.choice(HOSTILE)),
+            ]
+        )
+        data[start:end] = new
     return bytes(data)
 
 
-def parsers(folder: Path) -> dict:
+def parsers(folder):
     """name -> (whole inputs, what reads one of them)."""
-    x = np.zeros((4, 8, 8, 3), np.uint8)
-    np.savez(folder / "whole.npz", x_train=x, y_train=np.arange(4), x_test=x, y_test=np.arange(4))
-    dtl.save(folder / "whole.pt", "key", {"backbone": {"w": torch.ones(3)}, "step": 3})
-    results = dtl.Results(folder / "whole")
-    for k in range(3):
-        results.add(dict(key=f"k{k}", seed=0, model="gc", metric="pl_accuracy", value=0.5))
+    x, y = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)
+    np.savez(folder / "whole.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    dtl.save(folder / "whole.pt", {"backbone": {"w": torch.ones(3)}, "step": 3})
+    line = dict(zip(dtl.RESULT, (0, "gc", "pl_accuracy", "downstream", "fixed")), value=0.5)
+    lines = b"".join(json.dumps(line | {"seed": k}).encode() + b"\n" for k in range(3))
+    described = dict(settings={"source": "a", "chunks": 4}, code={"dtl.py": "5f"})
 
     def text(read):
         return lambda data: read(data.decode("utf-8", "replace"))
@@ -63,49 +62,56 @@ def parsers(folder: Path) -> dict:
 
         return run
 
+    def task(name):
+        return dtl.load_task(name, 0, folder / "none", "cpu", "test", 16)
+
     def checkpoint(path):
-        state = dtl.load(path, "key", CPU)
-        assert state is None or state["backbone"]["w"].tolist() == [1, 1, 1] and state["step"] == 3
+        state = dtl.load(path, "cpu")
+        assert state["backbone"]["w"].tolist() == [1, 1, 1] and state["step"] == 3
 
-    def lines(path):
-        found = dtl.Results(path.parent)
-        assert all(json.loads(json.dumps(record))["key"] == key for key, record in found.items())
+    def results(path):
+        assert all(isinstance(v, float) for v in dtl.read_results(path.parent).values())
 
-    (folder / "r").mkdir()
+    def config(path):
+        dtl.check_folder(path.parent, described)
+
+    tasks = [b"shapes[0:8]@50", b"shapes[0:16]@250", b"a.npz", b"shapes[:7]@3"]
     return {
-        "task name": ([b"shapes[0:8]@50", b"shapes[0:16]@250", b"a.npz", b"shapes[1,5,7]@3"], text(
-            lambda name: dtl.load_task(name, 0, folder / "none", CPU, image_size=16))),
-        "classes": ([b"0:80", b"1,5,7", b"0:80:2", b":"], text(lambda t: dtl.select_classes(t, 100))),
-        "--weights": ([b"gc=30,uniform=1.5", b"gc=0"], text(lambda t: dtl.Config(weights=t))),
-        "list option": ([b"gc,uniform", b"all"], text(
-            lambda t: dtl.names_in("--methods", t, list(dtl.METHODS), all=list(dtl.METHODS)))),
+        "task name": (tasks, text(task)),
+        "method": ([b"gc@0.5", b"uniform", b"gc-fresh@1"], text(dtl.split_method)),
+        "setting": ([b"4", b"0.5"], text(lambda t: dtl.Config(chunks=t))),
+        "list option": ([b"gc,uniform"], text(lambda t: dtl.names_in("--x", t, dtl.METHODS))),
         "npz file": ([(folder / "whole.npz").read_bytes()], file("x.npz", dtl.read_npz)),
         "checkpoint": ([(folder / "whole.pt").read_bytes()], file("x.pt", checkpoint)),
-        "results.jsonl": ([results.path.read_bytes()], file("r/results.jsonl", lines)),
+        "results.jsonl": ([lines], file("results.jsonl", results)),
+        "config.json": ([json.dumps(described).encode()], file("config.json", config)),
     }
 
 
-def main(count: int, seed: int) -> int:
+def main(count=100_000, seed=0):
     bad = 0
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        for name, (wholes, read) in parsers(Path(folder)).items():
-            rng, outcomes, began = random.Random(seed), {"read": 0, "refused": 0, "OTHER": 0}, time.monotonic()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as at:
+        for name, (wholes, read) in parsers(Path(at)).items():
+            rng, began = random.Random(seed), time.monotonic()
+            outcomes = {"read": 0, "refused": 0, "OTHER": 0}
             for _ in range(count):
                 data = damaged(rng.choice(wholes), rng)
                 try:
                     with contextlib.redirect_stderr(io.StringIO()):
                         read(data)
                     outcomes["read"] += 1
-                except dtl.DTLError:
+                except dtl.click.ClickException:  # DTLError, and click's own for a setting
                     outcomes["refused"] += 1
                 except BaseException as error:  # noqa: BLE001 - that is what is looked for
                     outcomes["OTHER"] += 1
                     if outcomes["OTHER"] <= 3:
-                        print(f"  {name}: {type(error).__name__}: {str(error)[:100]} from {data[:80]!r}")
+                        told = f"{type(error).__name__}: {str(error)[:100]}"
+                        print(f"  {name}: {told} from {data[:80]!r}")
             bad += outcomes["OTHER"]
-            print(f"{name:<14} {count} inputs, seed {seed}: {outcomes}, {time.monotonic() - began:.0f} s", flush=True)
+            took = f"{time.monotonic() - began:.0f} s"
+            print(f"{name:<14} {count} inputs, seed {seed}: {outcomes}, {took}", flush=True)
     return bad
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(int((sys.argv + ["100000"])[1]), int((sys.argv + ["", "0"])[2] or 0)) else 0)
+    sys.exit(1 if main(*map(int, sys.argv[1:3])) else 0)

@@ -1,9 +1,11 @@
 """The command line: what it writes, and that whatever is wrong is one line and a non-zero exit."""
 
+import contextlib
 import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,8 @@ from conftest import MODELS, TINY, TINY_METHODS
 
 import dtl
 
+STAGES = ("all", "pretrain", "transfer", "dispose", "piggyback")
+
 
 def assert_one_error(result, *named):
     """Exit code, one `Error:` line with all that is named in it, no traceback."""
@@ -28,6 +32,22 @@ def assert_one_error(result, *named):
     assert "Traceback" not in result.output and len(errors[0]) < 1000
     for text in named:
         assert text in errors[0], errors[0]
+
+
+@pytest.fixture
+def file_size_limit():
+    """As a disk that is full: a larger file's writing fails after so many bytes."""
+
+    @contextlib.contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 # ---- Bad input ----
@@ -41,7 +61,7 @@ def run(arguments, dtl_command):
 
 BAD = {  # what is told names the option, or the value
     "gpu": [777, -1, *([] if torch.cuda.is_available() else [0])],
-    "seeds": ["a", "0,0", "0,00", "-1", "", "1" * 5000],
+    "seeds": ["a", "0,", "0 1", "-1", "", "1" * 5000],
     "methods": ["gc,nosuch", "", "gc,gc", "gc@1,gc@1.0", "finetune@1", "gc@", "gc@-1", "gc@nan"]
     + ["gc@0", "gc@0.00000001", "gc@1000000"],
     "attackers": ["nosuch", "fixed,fixed", ""],
@@ -49,6 +69,7 @@ BAD = {  # what is told names the option, or the value
     "source": ["", "shapes[0:99]", "shapes[0:4:0]", "shapes[0:99999999999]", "nosuch"],
     "target": ["nosuch.npz", "\udcff.npz"],  # one whose name is no text
     "oracle-per-class": [999],
+    "subset-per-class": [9],
     "image-size": [17],
     "network": ["vgg"],
     "augment": ["flip"],
@@ -81,26 +102,31 @@ def test_own_data_needs_all_three_tasks(npz, dtl_command, tmp_path):
 
 def test_a_config_made_by_a_script_is_checked_too():
     for given in (dict(network="vgg"), dict(batch_size=1), dict(fresh_lr=float("nan"))):
-        with pytest.raises(dtl.click.BadParameter):
+        with pytest.raises(dtl.click.ClickException):
             dtl.Config(**given)
 
 
-@pytest.mark.parametrize("stage", dtl.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_unwritable_out(stage, tmp_path, run):
     (tmp_path / "file").write_bytes(b"")
     result = run(stage, tmp_path / "file" / "out")
     assert_one_error(result, str(tmp_path / "file"), os.strerror(errno.ENOTDIR))
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_full_disk(function, tmp_path, monkeypatch, run):
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("at", ["write", "replace"])
+def test_a_full_disk(at, tmp_path, monkeypatch, run, file_size_limit):
+    """In the midst of the model's file, and at its end: nothing half-written is left."""
 
-    monkeypatch.setattr(os, function, full)
-    result = run("pretrain", tmp_path / "out", pretrain_steps=2)
-    assert_one_error(result, os.strerror(errno.ENOSPC))
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".jsonl"]
+    def full(old, new):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    if at == "replace":
+        monkeypatch.setattr(os, "replace", full)
+    with file_size_limit(100_000 if at == "write" else 10**9):
+        result = run("pretrain", tmp_path / "out", pretrain_steps=2)
+    assert_one_error(result, os.strerror(errno.EFBIG))
+    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert left <= {"log.jsonl", "config.json"}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
@@ -129,7 +155,7 @@ def test_pretraining_that_diverges_stops(arguments, dtl_command, tmp_path, monke
     plain = arguments("pretrain", tmp_path, network="plain", pretrain_lr=1000, pretrain_steps=2000)
     monkeypatch.setattr(dtl, "CLIP", 1e30)
     monkeypatch.setattr(dtl, "WEIGHT_DECAY", 1.0)
-    assert_one_error(dtl_command(*plain), "seed 0 pretrained: step ", "not finite", "loss")
+    assert_one_error(dtl_command(*plain), "seed 0 pretrained: ", "not finite", "loss")
     assert not list(tmp_path.glob("seed0/*")) and not (tmp_path / "results.jsonl").exists()
 
 
@@ -141,7 +167,7 @@ def test_a_forget_loss_that_is_nan_is_named(method, tmp_path, finished, monkeypa
     monkeypatch.setattr(dtl, "LOOK_EVERY", 1)
     monkeypatch.setitem(dtl.METHODS, method, lambda c: c.student.backbone(c.x).sum() * torch.nan)
     result = run("dispose", out, methods=[method])
-    assert_one_error(result, f"seed 0 {method}: step ", "not finite", "retain': 0.", "forget': nan")
+    assert_one_error(result, f"seed 0 {method}: ", "not finite", "retain': 0.", "forget': nan")
     assert not list(out.glob(f"seed0/{method}.*"))
 
 
@@ -165,7 +191,7 @@ def test_the_help_has_each_option_and_the_presets_values(preset, dtl_command):
     found = re.findall(r"^  --([a-z-]+) *((?:.|\n {10,})*)$", text, re.M)
     others = ["preset", "gpu", "seeds", "methods", "attackers", "out", "data-dir"]
     settings = [f.name.replace("_", "-") for f in fields(dtl.Config)]
-    assert [name for name, _ in found] == [*others, *settings, "help"]
+    assert [name for name, _ in found] == [*others, *settings, "version", "help"]
     for f in fields(dtl.Config):
         told = dict(found)[f.name.replace("_", "-")]
         value = dtl.PRESETS[preset or "demo"].get(f.name, f.default)
@@ -179,8 +205,7 @@ def test_the_help_has_each_option_and_the_presets_values(preset, dtl_command):
 
 def test_every_command_exists(dtl_command):
     text = dtl_command("--help").output
-    assert [*dtl.STAGES] == ["all", "pretrain", "transfer", "dispose", "piggyback"]
-    assert all(re.search(rf"^  {command} +\S", text, re.M) for command in (*dtl.STAGES, "data"))
+    assert all(command in text for command in (*STAGES, "data"))
     assert dtl.__version__ in dtl_command("--version").output
 
 
@@ -198,7 +223,7 @@ def test_every_command_exists(dtl_command):
 )
 def test_the_preset_follows_the_arguments(given, preset, dtl_command):
     text = " ".join(dtl_command("all", *given, "--help").output.split())
-    assert f"--preset [{'|'.join(dtl.PRESETS)}]" in text
+    assert all(name in text for name in dtl.PRESETS)
     steps = dtl.PRESETS[preset].get("fresh_steps", 5000)
     assert re.search(rf"METHOD-fresh \[default: {steps};", text)
 
@@ -214,17 +239,17 @@ def test_the_folder_is_the_presets_by_default(arguments, dtl_command, tmp_path, 
     assert (tmp_path / "elsewhere/cifar-cpu/seed0/pretrained.pt").exists()
 
 
-def test_the_data_command_says_what_it_found(dtl_command, tmp_path, monkeypatch):
-    def read(data_dir):
-        assert data_dir == tmp_path
-        return None, np.zeros(5), None, np.zeros(2)
+def test_the_data_command_reads_both_sets(dtl_command, tmp_path, monkeypatch):
+    asked = []
 
-    for name in ("cifar10", "cifar100"):
-        monkeypatch.setitem(dtl.DATASETS, name, read)
+    def read(name, data_dir):
+        asked.append((name, data_dir))
+        return np.zeros((5, 3, 2, 2)), np.zeros(5), np.zeros((2, 3, 2, 2)), np.zeros(2)
+
+    monkeypatch.setattr(dtl, "read_cifar", read)
     result = dtl_command("data", "--data-dir", tmp_path)
-    assert result.code == 0
-    for name in ("cifar10", "cifar100"):
-        assert re.search(rf"^{name}: 5 .*2 test images in {tmp_path}", result.output, re.M)
+    assert result.code == 0 and asked == [(name, tmp_path) for name in ("cifar-10", "cifar-100")]
+    assert f"{tmp_path}: cifar-10, cifar-100" in result.output
 
 
 # ---- What is written ----
@@ -243,7 +268,7 @@ def test_a_folder_is_what_is_promised(finished, records):
         images = 300 if "source" in f"{record['metric']} {record['task']}" else 200
         assert round(record["value"] * images, 6) % 1 == 0
     files = {str(path.relative_to(finished.out)) for path in finished.out.rglob("*.*")}
-    assert files - {"report.png"} == {
+    assert files == {
         *("config.json", "results.jsonl", "log.jsonl", "report.md", "seed0/pretrained.pt"),
         *(f"seed0/{model}.pt" for model in MODELS),
     }
@@ -254,10 +279,8 @@ def test_a_folder_is_what_is_promised(finished, records):
 def test_the_head_and_the_log(finished):
     """Everything about the run, then a line of the log a stage and look."""
     head = finished.output[: finished.output.index("seed 0 pretrained")]
-    texts = ["python ", f"dtl.py {dtl.__version__}", torch.__version__, np.__version__, "CPU, "]
-    texts += ["native routine ", "nothing is there yet", "source-subset: 3 classes, 12 images"]
-    texts += ["target: 2 classes, 8 images to train on, 200 to measure on, (3, 8, 8)"]
-    for text in texts:
+    texts = ["python ", f"dtl.py {dtl.__version__}", torch.__version__, np.__version__]
+    for text in (*texts, "1 threads", "C routine ", "nothing is there yet"):
         assert text in head, text
     log = [json.loads(line) for line in (finished.out / "log.jsonl").read_text().splitlines()]
     stages = {row["stage"]: row for row in log if row.get("step")}
@@ -306,8 +329,6 @@ def test_own_data_is_not_augmented_unasked(per_class, own, dtl_command, tmp_path
     own[3] = f"{own[3]}{per_class}"
     result = dtl_command("all", *own, "--out", tmp_path / "out")
     assert result.code == 0 and set(seen) == {"none"}, result.output
-    target = "18 images" if per_class else "30 images"
-    assert f"target: 3 classes, {target} to train on, 12 to measure on" in result.output
     assert ("| oracle " in result.output) == bool(per_class)
     assert (tmp_path / "out/seed0/oracle.pt").exists() == bool(per_class)
 
@@ -335,7 +356,8 @@ def test_steps_of_zero_follow_the_data(new_run, npz, images):
 
 def alone(folder, *command, **environment):
     """Runs a script in `folder`, which has a copy of dtl.py."""
-    shutil.copy(dtl.__file__, folder)
+    if not (folder / "dtl.py").exists():
+        shutil.copy(dtl.__file__, folder)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DTL"))}
     how = dict(cwd=folder, text=True, capture_output=True, encoding="latin-1")
     environment = kept | dict(OMP_NUM_THREADS="1") | environment
@@ -359,25 +381,26 @@ assert not torch.backends.cudnn.deterministic and torch.is_grad_enabled()
 
 
 def test_the_file_alone_runs_on_a_bare_machine(arguments, tmp_path):
-    """dtl.py copied into an empty folder; no git, no compiler, no cffi, no matplotlib."""
+    """dtl.py copied into an empty folder; no git, no compiler, no cffi, a terminal without ±."""
     site, folder = tmp_path / "site", tmp_path / "alone"
     site.mkdir()
     folder.mkdir()
     names = ("cffi", "_cffi_backend", "matplotlib", "_gc_native_ext")
     (site / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({names})\n")
-    command = arguments("all", "OUT")
+    command = arguments("all", "OUT", seeds="0,1")
     for option in ("--out", "--methods"):
         del command[command.index(option) : command.index(option) + 2]
     bare = dict(PATH=str(tmp_path / "nothing"), PYTHONPATH=str(site), HOME=str(tmp_path))
-    done = alone(folder, "dtl.py", *command, **bare)
+    done = alone(folder, "dtl.py", *command, PYTHONIOENCODING="koi8-r", **bare)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert "native routine not built" in done.stdout
+    assert "C routine not built" in done.stdout
     for row in (*dtl.REFERENCES, "finetune", "uniform", "gc", "gc-fresh"):
-        assert len(re.findall(rf"^\| {row} +\|", done.stdout, re.M)) == 1, row
+        found = re.findall(rf"^\| {row} +\| \d+\.\d \? \d+\.\d", done.stdout, re.M)
+        assert len(found) == 1, row
     assert "- gc changes target accuracy" in done.stdout
     assert "wrote runs/demo/report.md" in done.stdout
     files = {path.name for path in (folder / "runs/demo").iterdir()}
-    assert files == {"config.json", "seed0", "log.jsonl", "report.md", "results.jsonl"}
+    assert files == {"config.json", "seed0", "seed1", "log.jsonl", "report.md", "results.jsonl"}
     assert {path.name for path in folder.iterdir()} <= {"dtl.py", "runs", "__pycache__"}
 
 
@@ -402,8 +425,8 @@ dtl.main()
 """
 
 
-def test_a_script_adds_its_own_to_every_table(arguments, tmp_path):
-    """From the command line; and ± does no harm to a terminal that has none."""
+def test_a_script_adds_its_own_to_every_table(arguments, tmp_path, trained):
+    """From the command line; of a later change of it, or of dtl.py, one line warns."""
     (tmp_path / "own.py").write_text(OWN)
     tasks = dict(source="noise[0:4]", target="noise[0:2]@4", downstream="noise[2:4]@4")
     own = dict(methods=["shrink", "shrink@2", "gc"], network="linear", attackers="fixed,probe")
@@ -415,11 +438,13 @@ def test_a_script_adds_its_own_to_every_table(arguments, tmp_path):
     for row in ("transferred", "shrink", "shrink@2", "gc"):
         assert re.search(rf"^\| {row} +(\| {number} +){{7}}\|$", text, re.M), row
     assert "downstream, probe %" in text and "- shrink@2 changes" in text
-    code = json.loads((tmp_path / "out/config.json").read_text())["code"]
-    assert code.keys() == {"dtl.py", "own.py"}
-    done = alone(tmp_path, "own.py", *command, PYTHONIOENCODING="koi8-r")
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert re.search(r"^\| shrink +\| \d+\.\d \? \d+\.\d", done.stdout, re.M)
+    before = trained(tmp_path / "out")
+    for name in ("own.py", "dtl.py"):
+        with (tmp_path / name).open("a") as file:
+            file.write("# a comment\n")
+    done = alone(tmp_path, "own.py", *command)
+    assert done.returncode == 0 and trained(tmp_path / "out") == before
+    assert re.fullmatch(r"warning: .*(own\.py.*dtl|dtl\.py.*own)\.py.*\n", done.stderr), done.stderr
 
 
 def test_ctrl_c_leaves_what_was_saved(arguments, npz, tmp_path):
@@ -443,5 +468,5 @@ dtl.main({command!r})
         process.kill()
     assert process.returncode == 1 and "Aborted!" in errors and "Traceback" not in errors, errors
     rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    assert 0 < dtl.load(part, "cpu")["step"] <= rows[-1]["step"]
+    assert 0 < dtl.load(part)["step"] <= rows[-1]["step"]
     assert [path.name for path in part.parent.iterdir()] == [part.name]

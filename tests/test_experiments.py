@@ -67,6 +67,7 @@ def test_they_find_the_program_and_one_another(root, tmp_path):
 
 def test_recount_and_picture(script, tmp_path):
     """The table is the report's; differences are of pairs, ± 3.18 standard errors of four seeds."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     rng, seeds, models = np.random.default_rng(0), range(4), [*dtl.REFERENCES, "gc", "gc-fresh@0.5"]
     what = [("pl_accuracy", task, a) for task in dtl.PIGGYBACK_TASKS for a in ("fixed", "long")]
     what.append(("target_accuracy", None, None))
@@ -79,6 +80,12 @@ def test_recount_and_picture(script, tmp_path):
     assert printed[: len(models) + 2] == dtl.table(numbers, models, ["fixed", "long"])
     change = np.subtract(numbers["gc", "target"], numbers["gc-fresh@0.5", "target"])
     half = 3.182 * change.std(ddof=1) / 2
-    assert f"| gc - gc-fresh@0.5   | {change.mean():+.1f} ± {half:.1f} " in printed[-1]
-    script("picture.py", tmp_path)
+    assert f"| gc - gc-fresh@0.5  | {change.mean():+.1f} ± {half:.1f} " in printed[-1]
+    script("picture.py", tmp_path, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    for panel, task in zip(pyplot.gcf().axes, dtl.PIGGYBACK_TASKS):
+        assert set(models[1:]) < {text.get_text() for text in panel.texts}
+        for m in models[1:]:  # all but scratch
+            point = np.mean(numbers[m, "target"]), np.mean(numbers[m, task, "strongest"])
+            assert any(np.allclose(point, xy) for line in panel.lines for xy in line.get_xydata())
+            assert panel.bbox.contains(*panel.transData.transform(point))

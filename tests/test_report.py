@@ -1,11 +1,10 @@
-"""The report: every cell of its table, its sentences and its picture, from made-up measurements put
-in place of a run's, by the command line."""
+"""The report: every cell of its table, its sentences, from made-up measurements put in place of a
+run's, by the command line."""
 
 import json
 import math
 import os
 import re
-import sys
 import zlib
 from fractions import Fraction
 from types import SimpleNamespace
@@ -46,10 +45,9 @@ def run(arguments, dtl_command):
 
 
 @pytest.fixture
-def reported(finished, run, tmp_path, monkeypatch):
+def reported(finished, run, tmp_path):
     """reported(rights, seeds, attackers) -> what is in report.md, where rights(seed, model, column)
     are the numbers of images right. The models are a run's, once for each seed."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for seed in range(12):
         (folder := tmp_path / f"seed{seed}").mkdir()
         for path in finished.out.glob("seed0/*.pt"):
@@ -99,7 +97,7 @@ def means(rights, seeds, attackers):
 
 
 @given(st.lists(st.integers(0, IMAGES), min_size=1, max_size=40), st.sampled_from([1, 2]))
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_report_is_what_the_results_say(reported, numbers, seeds):
     """Each cell, each sentence and each line on a broken starting point, of any numbers."""
     attackers = ("fixed", "long")
@@ -115,11 +113,10 @@ def test_report_is_what_the_results_say(reported, numbers, seeds):
         assert cells == {c: shown(value) for c, value in exact.items()}
         assert all(("±" in cell) == (seeds > 1) for cell in report.table[m].values())
     assert len(report.words) == len(TINY_METHODS)
-    others = ("transferred", "oracle")  # in the order of a sentence
     for m, line in zip(TINY_METHODS, report.words):
         numbers = [float(n) for n in re.findall(r"[+-]?\d+\.\d\b", line)]
         change = found[m, "target"] - found["transferred", "target"]
-        cells = [report.table[x][f"{t}, strongest %"] for t in TASKS for x in (m, *others)]
+        cells = [report.table[m][f"{t}, strongest %"] for t in TASKS]
         assert numbers == [float(shown(change)), *(float(cell.split()[0]) for cell in cells)]
         assert line.startswith(f"- {m} changes target accuracy by {'+' if change >= 0 else '-'}")
     too_weak = {
@@ -128,7 +125,8 @@ def test_report_is_what_the_results_say(reported, numbers, seeds):
         for task, a in columns(attackers)[1:]
         if found[m, (task, a)] < found["oracle", (task, a)] - 3
     }
-    told = [re.match(r"- (\S+), (\S+) attacker on (\S+): more than 3", b) for b in report.broken]
+    form = r"- (\S+), (\S+) on (\S+): over 3 points less than from oracle"
+    told = [re.match(form, line) for line in report.broken]
     assert {(t[1], t[3], t[2]) for t in told} == too_weak and len(told) == len(too_weak)
 
 
@@ -148,8 +146,8 @@ def test_half_an_interval_is_students(reported, seeds):
 
 
 def test_the_strongest_attacker_is_one_for_all_seeds(reported):
-    """By its mean, for each model and task by itself: each seed's own would choose on noise."""
-    values = dict(fixed=(100, 60, 80), long=(60, 80, 82), rescaled=(10, 10, 10))
+    """By its mean, for each model and task by itself: another choice would be one of noise."""
+    values = dict(fixed=(78, 82, 80), long=(100, 60, 78), rescaled=(10, 10, 10))
     other = dict(fixed=(10, 10, 10), long=(20, 20, 20), rescaled=(20, 21, 22))
 
     def rights(seed, model, column):
@@ -186,18 +184,19 @@ def test_three_points_less_than_from_oracle_are_a_broken_starting_point(reported
 
     broken = reported(rights).broken
     assert len(broken) == (below > 6)
-    assert all(line.startswith("- uniform, fixed attacker on downstream: ") for line in broken)
+    assert all(line.startswith("- uniform, fixed on downstream: ") for line in broken)
     assert all("look at the other attackers" in line for line in broken)
 
 
 def test_without_an_oracle_nothing_is_measured_by_it(arguments, dtl_command, tmp_path):
-    """Where the target task leaves it no more images."""
-    command = arguments("all", tmp_path, methods=["gc"], oracle_per_class=4)
+    """Where the target task leaves it no more images. A seed given twice is one."""
+    command = arguments("all", tmp_path, methods=["gc"], oracle_per_class=4, seeds="0,00")
     assert dtl_command(*command).code == 0
     report = parsed((tmp_path / "report.md").read_text())
     assert [*report.table] == ["scratch", "transferred", "gc"] and not report.broken
+    assert "±" not in "".join(report.table["gc"].values())
     (line,) = report.words
-    assert "(transferred " in line and "oracle" not in line
+    assert line.startswith("- gc changes target accuracy by ")
     assert not (tmp_path / "seed0/oracle.pt").exists()
 
 
@@ -209,7 +208,7 @@ def test_each_allowance_is_a_row(tmp_path, run):
     rows = ["gc@0.05", "gc", "gc@1", "gc@4"]
     assert [*report.table][3:] == rows == [line.split()[1] for line in report.words]
     assert report.table["gc"] == report.table["gc@1"]
-    states = [dtl.load(tmp_path / f"seed0/{row}.pt", "cpu")["state"]["head.weight"] for row in rows]
+    states = [dtl.load(tmp_path / f"seed0/{row}.pt")["state"]["head.weight"] for row in rows]
     assert states[1].equal(states[2]) and not states[1].equal(states[3])
     assert not states[0].equal(states[1])
 
@@ -217,31 +216,7 @@ def test_each_allowance_is_a_row(tmp_path, run):
 def test_the_report_has_what_made_it(finished):
     text = (finished.out / "report.md").read_text()
     assert text in finished.output and f"wrote {finished.out / 'report.md'}" in finished.output
-    for part in ("shapes[0:3]@8", "shapes[16:18]@4", "shapes[24:26]@4", "resnet8", "test images"):
+    parts = ("shapes[0:3]@8", "shapes[16:18]@4", "shapes[24:26]@4", "resnet8", "test images")
+    for part in (*parts, "seeds 0."):
         assert part in text.split("\n")[0], part
-    assert "seeds 0." in text and "lower is better" in text
-    assert re.search(r"\n    python \S+ .*\n    dtl.py \d\S+, sha256 \w{8,}.*torch", text)
-
-
-# ---- The picture ----
-
-
-def test_the_picture_has_a_panel_a_task(reported, tmp_path, monkeypatch, run):
-    reported(lambda seed, model, column: 20 * MODELS.index(model) + 3 * (column == "target"))
-    assert not (tmp_path / "report.png").exists()  # without matplotlib
-    monkeypatch.undo()
-    figure = pytest.importorskip("matplotlib.figure")
-    drawn, save = [], figure.Figure.savefig
-    spied = lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))  # noqa: E731
-    monkeypatch.setattr(figure.Figure, "savefig", spied)
-    assert run("all", tmp_path, attackers="fixed,long").code == 0
-    png = (tmp_path / "report.png").read_bytes()
-    assert png.startswith(b"\x89PNG") and len(png) > 8000
-    panels = drawn[0].axes
-    assert len(panels) == 2
-    for task, panel in zip(TASKS, panels):
-        assert task in panel.get_ylabel() and "target" in panel.get_xlabel()
-        texts = {text.get_text() for text in panel.texts}
-        assert {*MODELS, "no disposal", "never saw the source"} <= texts
-        points = {tuple(np.round(xy, 6)) for line in panel.lines for xy in line.get_xydata()}
-        assert {(10.0 * k + 1.5, 10.0 * k) for k in range(len(MODELS))} <= points
+    assert re.search(r"\n    python \S+ .*\n    dtl.py \d\S+, Python 3.*torch", text)

@@ -9,8 +9,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -23,11 +21,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dtl
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 @pytest.fixture
@@ -54,7 +47,7 @@ def models(out):
 
 
 def weights(out):
-    return {name: dtl.load(out / name, "cpu") for name in models(out)}
+    return {name: dtl.load(out / name) for name in models(out)}
 
 
 def tables(out):
@@ -94,6 +87,9 @@ def test_a_folder_grows_by_seeds_methods_and_attackers(finished, records, traine
 def test_a_copied_model_starts_another_folder(finished, records, trained, tmp_path, run):
     (tmp_path / "seed0").mkdir()
     shutil.copy(finished.out / "seed0/pretrained.pt", tmp_path / "seed0")
+    for other in (dict(source="shapes[1:4]@8"), dict(network="resnet8-wide")):  # it must fit
+        result = run("dispose", tmp_path, **other)
+        assert result.code == 1 and re.search(r"^Error: .*pretrained.pt", result.output, re.M)
     result = run("dispose", tmp_path, methods=["uniform"], dispose_lr=0.1)
     assert result.code == 0 and "warning" not in result.output
     assert trained(tmp_path) == ["seed 0 transferred", "seed 0 uniform"]
@@ -114,7 +110,7 @@ CHANGES += [dict(split="validation", chunks=3), dict(preset="cifar-cpu", transfe
 def test_other_settings_are_refused_by_name(changed, copied, finished, run):
     result = run("all", copied, **changed)
     (line,) = [line for line in result.output.splitlines() if line.startswith("Error:")]
-    assert result.code == 1 and f"{copied} was made with" in line and "another --out" in line
+    assert result.code == 1 and f"{copied}" in line and "another --out" in line
     named = {f.name for f in fields(dtl.Config) if re.search(rf"\b{f.name} ", line)}
     assert named == changed.keys() - {"preset"}
     assert all(str(value) in line for name, value in changed.items() if name != "preset")
@@ -140,12 +136,11 @@ def test_other_images_of_the_same_name_are_refused(npz, arguments, dtl_command, 
         assert dtl_command(*command).code == 0
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": 3, "code": null}', "\0\xff"])
+@pytest.mark.parametrize("text", ["", "{}", '{"settings": {', "\0\xff"])
 def test_a_config_that_cannot_be_read_is_told(text, copied, run):
     (copied / "config.json").write_text(text)
     result = run("pretrain", copied)
-    assert result.code == 1 and "Traceback" not in result.output
-    assert re.search(rf"^Error: {copied / 'config.json'}", result.output, re.M)
+    assert result.code == 1 and re.search(rf"^Error: {copied}.*another", result.output, re.M)
 
 
 def test_a_mistyped_run_leaves_nothing_that_blocks(tmp_path, monkeypatch, run):
@@ -155,25 +150,6 @@ def test_a_mistyped_run_leaves_nothing_that_blocks(tmp_path, monkeypatch, run):
     result = run("pretrain", tmp_path)
     assert result.code == 0 and "warning" not in result.output
     assert run("pretrain", tmp_path, pretrain_lr=9).code == 1
-
-
-def test_another_version_of_the_program_is_told_of_once(arguments, npz, tmp_path):
-    """dtl.py, or the script that calls it."""
-    own = dict(source=npz(), target=npz(), downstream=npz())
-    command = arguments("pretrain", tmp_path / "out", **own)
-    shutil.copy(dtl.__file__, tmp_path)
-    (tmp_path / "own.py").write_text("import dtl\ndtl.main()\n")
-    said = []
-    for _ in range(2):
-        program = [sys.executable, tmp_path / "own.py", *command]
-        said.append(subprocess.run(program, capture_output=True, text=True, check=True).stderr)
-        for name in ("own.py", "dtl.py"):
-            with (tmp_path / name).open("a") as file:
-                file.write("# a comment\n")
-    assert not said[0] and len(said[1].splitlines()) == 1
-    assert re.match(r"warning: .*(own.py.*dtl|dtl.py.*own)\.py.*another version", said[1])
-    log = (tmp_path / "out/log.jsonl").read_text().splitlines()
-    assert len([line for line in log if "loss" in line]) == 1
 
 
 # ---- Files that are gone or damaged ----
@@ -232,7 +208,7 @@ def test_damage_is_told_or_does_no_harm(tmp_path_factory, damage):
     dtl.save(path, saved)
     path.write_bytes(damage(path.read_bytes()))
     with contextlib.suppress(dtl.DTLError):
-        assert same(dtl.load(path, "cpu"), saved)
+        assert same(dtl.load(path), saved)
 
 
 @pytest.mark.parametrize("name", ["uniform", "transferred", "pretrained"])
@@ -254,7 +230,7 @@ def test_a_file_with_code_in_it_does_not_run_it(tmp_path):
 
     dtl.save(tmp_path / "x.pt", {"state": Evil()})
     with pytest.raises(Exception, match="damaged|[Ww]eights.only"):
-        dtl.load(tmp_path / "x.pt", "cpu")
+        dtl.load(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -311,7 +287,8 @@ def stop_at(monkeypatch):
 def test_a_stopped_stage_goes_on_exactly(name, stop_at, finished, new_run, caplog):
     """From the last save before."""
     (folder := new_run().out / "seed0").mkdir(parents=True)
-    earlier = dtl.made_from(name)
+    earlier = [] if name == "pretrained" else ["pretrained", "transferred"]
+    earlier = earlier[:1] if name == "transferred" else earlier
     for model in earlier:
         shutil.copy(finished.out / f"seed0/{model}.pt", folder)
     stop_at(3)
@@ -324,8 +301,8 @@ def test_a_stopped_stage_goes_on_exactly(name, stop_at, finished, new_run, caplo
     new_run(transfer_lr=0.05).model(name)
     steps = [r.msg["step"] for r in caplog.records if "step" in r.msg]
     assert steps[:2] == [2, 3] and not part.exists()
-    expected = dtl.load(finished.out / f"seed0/{name}.pt", "cpu")
-    assert same(dtl.load(folder / f"{name}.pt", "cpu"), expected)
+    expected = dtl.load(finished.out / f"seed0/{name}.pt")
+    assert same(dtl.load(folder / f"{name}.pt"), expected)
 
 
 def test_a_part_of_a_stage_is_never_mixed_up(stop_at, finished, tmp_path, run):
@@ -342,6 +319,7 @@ def test_a_part_of_a_stage_is_never_mixed_up(stop_at, finished, tmp_path, run):
     part.write_bytes(whole[:-5])
     result = run("pretrain", tmp_path)
     assert result.code == 0 and f"warning: {part} is damaged" in result.output
+    assert result.output.count("warning:") == 1
     assert same(weights(tmp_path).popitem()[1], weights(finished.out)["seed0/pretrained.pt"])
 
 
@@ -353,15 +331,15 @@ def test_a_stage_saves_after_a_while_not_at_every_look(new_run, monkeypatch):
     assert saved == ["scratch.pt"]  # in less than half a minute
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_content(function, tmp_path, monkeypatch):
+@pytest.mark.parametrize("owner", [os, Path])
+def test_a_failed_write_leaves_the_old_content(owner, tmp_path, monkeypatch):
     path = tmp_path / "new folder" / "file"
     dtl.write(path, b"old")
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, function, full)
+    monkeypatch.setattr(*((os, "replace") if owner is os else (Path, "write_bytes")), full)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         dtl.write(path, b"new")
     assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
@@ -376,13 +354,13 @@ def test_a_failed_write_leaves_the_old_content(function, tmp_path, monkeypatch):
 def work(command):
     """A run in a process of its own, saving at every step; its exit code tells the outcome."""
     torch.set_num_threads(1)
-    sys.modules["matplotlib"] = None
     dtl.SAVE_EVERY, dtl.LOOK_EVERY = 0, 1
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         dtl.main(command)
 
 
+@pytest.mark.slow
 def test_twenty_kills(arguments, records, tmp_path, monkeypatch, root):
     """kill -9 at random moments, each time the same command again; whenever a run gets through, its
     results are those of an undisturbed one, and another folder is begun, till twenty kills."""
