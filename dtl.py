@@ -444,7 +444,7 @@ def config_options():
 PRESETS = {  # sizes, and nothing of the method
     "demo": "source=shapes[0:16]@250 target=shapes[16:24]@30 downstream=shapes[24:32]@30 "
     "subset_per_class=30 oracle_per_class=240 network=resnet8 batch_size=64 pretrain_steps=600 "
-    "transfer_steps=200 transfer_lr=0.05 dispose_steps=200 chunks=2 chunk_size=16 fresh_steps=400 "
+    "transfer_steps=200 transfer_lr=0.05 dispose_steps=120 chunks=2 chunk_size=16 fresh_steps=400 "
     "attack_steps=60",
     "cifar": "",
     "cifar-cpu": "image_size=16 network=resnet8-wide batch_size=64 pretrain_steps=12000 chunks=2 "

@@ -38,7 +38,7 @@ def machine(device):
 
 
 def medians(*work, times):
-    """Median milliseconds of each, in turns; but of the first, which wakes threads."""
+    """Median milliseconds of each, in turns, without the first round, which wakes threads."""
     took = [[] for _ in work]
     for _ in range(times):
         for mine, call in zip(took, work):
