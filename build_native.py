@@ -1,9 +1,9 @@
-"""Build the optional native routine: `python build_native.py`, from any folder, puts it next to this file.
+"""Build the optional native routine: `python build_native.py` puts it next to this file.
 
-cffi's API mode: cdef() says what Python may call, set_source() what the C compiler sees, and the compiler
-checks one against the other. THE TRAP: the module must not be called `_gc_native`, for cffi writes its
-wrapper to <module>.c and would overwrite our source. Hence `_gc_native_ext`, and `pip install .` uses the
-same `ffibuilder`.
+cffi's API mode: cdef() says what Python may call, set_source() what the C compiler sees, and the
+compiler checks one against the other. THE TRAP: the module must not be called `_gc_native`, for
+cffi writes its wrapper to <module>.c and would overwrite our source. Hence `_gc_native_ext`, and
+`pip install .` uses the same `ffibuilder`.
 """
 
 import contextlib
@@ -18,8 +18,10 @@ import tempfile
 HERE = os.path.dirname(os.path.abspath(__file__))
 DECLARATIONS = """
     int gc_best_path(void);
-    int gc_gram_f32(const void *const *rows, size_t n, size_t p, int threads, int path, double *gram);
-    int gc_gram_f64(const void *const *rows, size_t n, size_t p, int threads, int path, double *gram);
+    int gc_gram_f32(const void *const *rows, size_t n, size_t p, int threads, int path,
+                    double *gram);
+    int gc_gram_f64(const void *const *rows, size_t n, size_t p, int threads, int path,
+                    double *gram);
 """
 
 
@@ -31,7 +33,8 @@ def openmp_flag() -> list[str]:
         command = [*compiler, "-fopenmp", "-shared", "-fPIC", "-x", "c", "-", "-o", probe]
         program = b"#include <omp.h>\nint probe(void) { return omp_get_max_threads(); }\n"
         try:
-            works = subprocess.run(command, input=program, capture_output=True, check=False).returncode == 0
+            ran = subprocess.run(command, input=program, capture_output=True, check=False)
+            works = ran.returncode == 0
         except OSError:
             works = False
     return ["-fopenmp"] if works else []
@@ -43,9 +46,10 @@ def make_ffibuilder(optional: bool):
     ffi = FFI()
     ffi.cdef(DECLARATIONS)
     openmp = openmp_flag()
-    # fp-contract: a*b+c in one instruction, which -std=c11 alone forbids. Never -ffast-math: it breaks the
-    # summation, and linked with it, a library switches denormal numbers off in the whole process.
-    flags = ["-O3", "-std=c11", "-ffp-contract=fast", *shlex.split(os.environ.get("DTL_NATIVE_CFLAGS", ""))]
+    # fp-contract: a*b+c in one instruction, which -std=c11 alone forbids. Never -ffast-math: it
+    # breaks the summation, and linked with it, a library switches denormal numbers off everywhere.
+    more = shlex.split(os.environ.get("DTL_NATIVE_CFLAGS", ""))
+    flags = ["-O3", "-std=c11", "-ffp-contract=fast", *more]
     ffi.set_source(
         "_gc_native_ext",
         DECLARATIONS,
@@ -59,7 +63,7 @@ def make_ffibuilder(optional: bool):
 
 @contextlib.contextmanager
 def compiler_output_in(path: str):
-    """The compiler writes to file descriptors 1 and 2 themselves; send them to a file for the while."""
+    """The compiler writes to file descriptors 1 and 2 themselves; send them to a file meanwhile."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
@@ -77,7 +81,7 @@ def compiler_output_in(path: str):
 
 
 def build() -> str:
-    """Build in a temporary folder, try it there, move the one file here; -> its path. Or RuntimeError."""
+    """Build in a temporary folder, try it, move the one file here; -> its path. Or RuntimeError."""
     try:
         ffi = make_ffibuilder(optional=False)
     except ImportError as error:

@@ -146,15 +146,16 @@ class Balance(torch.nn.Module):
         strength <- clamp(strength * exp(0.02 * clip(1 - m / allowance, -1, 1)), *limits)
         step: a + strength * max(|a|, allowance / |theta|) / max(|b|, B) * b       (a, if |b| is 0)
 
-    allowance: how large the retain loss may become, in its own unit: what the target may pay. One
+    allowance: how large the retain loss may become, in its own unit: what the target may pay, one
     number for every forget loss, where a weight would have to follow the forget gradient's norm
     over orders of magnitude. strength: how hard forgetting pulls; its limits keep a step within 5
     plain ones. allowance / |theta| starts what begins at a retain loss of exactly zero; B keeps a
-    satisfied forget loss's noise small. Balance(None, strength=2.0) regulates nothing. state_dict()
-    resumes exactly. One call is one step: add micro-batches up. Under DistributedDataParallel
-    average .grad afterwards. Use bfloat16: a GradScaler has nothing to scale. Nothing waits for the
-    device. Sources: GECO (arXiv 1810.00597), VQGAN's adaptive weight (2012.09841); the constants
-    are this project's.
+    satisfied forget loss's noise small. Balance(None, strength=2.0) regulates nothing.
+
+    state_dict() resumes exactly, and nothing waits for the device. One call is one step: add
+    micro-batches up. Under DistributedDataParallel average .grad afterwards. Use bfloat16: there is
+    nothing to scale for a GradScaler. Sources: GECO (arXiv 1810.00597), VQGAN's adaptive weight
+    (2012.09841); the constants are this project's.
     """
 
     def __init__(self, allowance, *, strength=1.0, limits=(0.25, 4.0)):
@@ -196,7 +197,8 @@ class Balance(torch.nn.Module):
             room = (1 - self.mean / self.allowance).clamp(-1, 1)
             stronger = (self.strength * torch.exp(0.02 * room)).clamp(*self.limits)
             update(self.strength, stronger, stronger)
-            a_norm = torch.maximum(a_norm, self.allowance / theta_norm)
+            start = torch.where(theta_norm > 0, self.allowance / theta_norm, 0.0)
+            a_norm = torch.maximum(a_norm, start)
         scale = self.strength * a_norm / torch.maximum(b_norm, self.forget_norm)
         scale = torch.where(finite, torch.where(b_norm == 0, 0.0, scale), math.nan)
         for p, of_retain, of_forget in rows:
@@ -340,7 +342,7 @@ def gradient_stats(gradients, backend="auto"):
     (n, n) float64, and the floats `gc_dot`, `gc_cos`, the GC loss by similarity (0 if n is 1), and
     `squared_norm`, the mean of |g_i|^2. backend: "native" (the C routine; on the CPU, n <= 1024),
     "torch" or "auto". ValueError for all else."""
-    rows, n = [g.detach().contiguous() for g in gradients], len(gradients)
+    rows, n = [g.detach().resolve_neg().contiguous() for g in gradients], len(gradients)
     module, why = native_routine()
     kinds = {(*g.shape, g.dtype, g.device) for g in rows}
     if len(kinds) != 1 or rows[0].dim() != 1 or rows[0].dtype not in (torch.float32, torch.float64):
@@ -357,9 +359,8 @@ def gradient_stats(gradients, backend="auto"):
         if code := gram_of(of, n, len(rows[0]), torch.get_num_threads(), 0, into):
             raise RuntimeError(f"_gc_native.c: error {code} for {n} rows of {len(rows[0])}")
     else:
-        for block in zip(*(g.split(1 << 18) for g in rows)):  # no float64 copy of everything
-            part = torch.stack(block).double()  # (n, block)
-            gram += part @ part.T
+        vectors = torch.stack(rows).double()  # (n, p)
+        gram = vectors @ vectors.T
     gram = ((gram + gram.T) / 2).cpu()  # BLAS may round the two triangles differently
     norms = gram.diagonal().sqrt().where(gram.diagonal() != 0, torch.tensor(1.0))
     cosines = (gram / norms[:, None] / norms).clamp(-1, 1)  # below 1e-308 squares lose digits
@@ -522,11 +523,6 @@ def resized(images, size):
         return images
     shrink = functools.partial(F.interpolate, size=(size, size), mode="area")
     return torch.cat([shrink(part.float()).round().byte() for part in images.split(4096)])
-
-
-def first_of_each_class(task, count):
-    kept = torch.cat([torch.nonzero(task.y == c).flatten()[:count] for c in range(task.classes)])
-    return replace(task, x=task.x[kept], y=task.y[kept])
 
 
 @functools.lru_cache(maxsize=4)
@@ -1108,21 +1104,23 @@ def describe(config):
 
 def check_folder(out, now):
     """Refuses a folder made with other settings or data; warns of one made by other code."""
-    path = out / "config.json"
-    try:  # what a run left that made nothing blocks nothing
-        made = path.exists() and any(out.glob("seed*/*.pt"))
-        before = json.loads(path.read_text()) if made else now
-    except ValueError:
+    path, differ = out / "config.json", {}
+    if not path.exists() or not any(out.glob("seed*/*.pt")):
+        return  # what made nothing blocks nothing
+    try:
+        before = json.loads(path.read_text())
+        for part, new in now.items():
+            old = before[part]
+            names = [name for name in old | new if old.get(name) != new.get(name)]
+            differ[part] = "; ".join(f"{k} {old.get(k)}, not {new.get(k)}" for k in names)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise DTLError(f"{path} is damaged: give another --out") from None
-    for part, new in now.items():
-        old = before.get(part, {})
-        names = [name for name in old | new if old.get(name) != new.get(name)]
-        told = "; ".join(f"{name} {old.get(name)}, not {new.get(name)}" for name in names)
-        if names and part == "settings":
-            way = "give another --out (a copy of its seed*/pretrained.pt there is a start)"
-            raise DTLError(f"{out}: {way}: it was made with {told}")
-        if names:
-            click.echo(f"warning: {out} was made by another version: {told}", err=True)
+    if differ["settings"]:
+        way = "give another --out (a copy of its seed*/pretrained.pt there is a start)"
+        raise DTLError(f"{out}: {way}: it was made with {differ['settings']}")
+    if differ["code"]:
+        told = f"{out} was made by another version: {differ['code']}"
+        click.echo(f"warning: {told}", err=True)
 
 
 def made_from(model):
@@ -1200,12 +1198,12 @@ class Run:
         self.out, self.seed, self.device, c = Path(out), seed, torch.device(device), config
         self.given, self.results = config, read_results(out)
         names = dict(source=c.source, target=c.target, downstream=c.downstream, oracle=c.oracle)
+        names["source-subset"] = re.sub(r"(@\d+)?$", f"@{c.subset_per_class}", c.source, count=1)
         where = (seed, data_dir, device, c.split, c.image_size)
         self.tasks = {task: load_task(name, *where) for task, name in names.items()}
-        if self.tasks["source"].y.bincount().min() < c.subset_per_class:
+        if len(self.tasks["source-subset"].y) > len(self.tasks["source"].y):
             raise DTLError(f"--subset-per-class {c.subset_per_class}: {c.source} has fewer")
-        subset = first_of_each_class(self.tasks["source"], c.subset_per_class)
-        self.tasks["source-subset"], by_size = subset, {}
+        by_size = {}
         for name, (task, passes, least) in PASSES.items():
             if getattr(c, name) == 0:
                 steps = passes * (len(self.tasks[task].y) // c.batch_size)

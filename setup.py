@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: `pip install .` builds the native routine if it can, else does without."""
+"""What pyproject.toml cannot say: `pip install .` builds the native routine if it can."""
 
 from setuptools import setup
 

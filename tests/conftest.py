@@ -112,7 +112,7 @@ def trained():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, arguments, dtl_command):
-    """A tiny experiment with two attackers: .out and .output. Read it, or copy it; do not change it."""
+    """A tiny experiment with two attackers: .out and .output. Read or copy it; do not change it."""
     out = tmp_path_factory.mktemp("finished") / "out"
     result = dtl_command(*arguments("all", out, attackers="fixed,long"))
     assert result.code == 0, result.output

@@ -69,10 +69,6 @@ def test_draws_are_nested_and_by_seed_and_class(npz):
     alone = task(f"{path}[1:3]@3")  # the classes beside a class do not change its draw
     assert numbers(alone.x) == numbers(small.x[small.y > 0])
     assert alone.y.tolist() == [0] * 3 + [1] * 3
-    few = dtl.first_of_each_class(large, 3)
-    assert numbers(few.x) == numbers(small.x) and few.y.equal(small.y) and few.classes == 3
-    assert few.x_test.equal(small.x_test)
-    assert numbers(dtl.first_of_each_class(small, 99).x) == numbers(small.x)
 
 
 WRONG = """[0:2] @5 shapes[0:4 shapes@ shapes[0:4]@-1 shapes[0:4]@5@5 shapes[a:b] shapes[0:1.5]

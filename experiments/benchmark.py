@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""python tests/benchmark.py loss: the GC loss beside a plain SGD step; native: the C routine beside
-torch.
+"""python experiments/benchmark.py loss: the GC loss beside a plain SGD step; native: the C routine
+beside torch.
 
 Every ratio comes from one run; what is compared takes turns, so that a busy moment of the machine
 meets all (but torch in float64 and TorchJD, which take much longer and go last). `loss cuda` is on
