@@ -12,7 +12,7 @@ task is kept. Whether that worked is measured by piggyback learning (PL): an att
 scrubbed model on a subset of the source data, or on new downstream data, and the test accuracy
 reached is the PL accuracy. Lower is better.
 
-    python dtl.py all                    # no GPU, no download: a minute on a laptop
+    python dtl.py all                    # no GPU, no download: a minute or two
     python dtl.py all --attackers all    # three attackers, the strongest on each model counts
     python dtl.py all --gpu 0            # CIFAR-100 -> CIFAR-10, ResNet-18
 
