@@ -147,7 +147,7 @@ def test_the_tasks_of_a_run(npz, tmp_path):
     assert len(tasks(oracle_per_class=0)["oracle"].y) == 20
     alike = tasks(source="shapes[0:2]@9", image_size=8)
     assert {task.x.shape[1:] for task in alike.values()} == {(3, 8, 8)}
-    assert "--subset-per-class 11" in refused(tasks, subset_per_class=11)
+    assert "own.npz[0:2]@11" in refused(tasks, subset_per_class=11)
 
 
 # ---------------------------------------- a user's own data

@@ -219,4 +219,4 @@ def test_the_report_has_what_made_it(finished):
     parts = ("shapes[0:3]@8", "shapes[16:18]@4", "shapes[24:26]@4", "resnet8", "test images")
     for part in (*parts, "seeds 0."):
         assert part in text.split("\n")[0], part
-    assert re.search(r"\n    python \S+ .*\n    dtl.py \d\S+, Python 3.*torch", text)
+    assert re.search(r"\n    python \S+.*\n    dtl.py \d\S+, Python 3.*torch", text)
