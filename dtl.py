@@ -442,6 +442,10 @@ class Config:
             return self.target
         return self.target[: asked.start()] + (f"@{more}" if more else "")
 
+    def mixed_on(self, device):
+        """Whether Models compute in bfloat16 there."""
+        return self.precision == "auto" and torch.device(device).type == "cuda"
+
 
 def config_options():
     for f in fields(Config):
@@ -769,8 +773,8 @@ def with_new_head(backbone, task, config, seed):
         features = backbone.eval().to(task.x.device)(normalise(task.x[:2]))
     if features.dim() != 2:
         raise DTLError(f"a backbone must give (B, features), not {tuple(features.shape)}")
-    mixed = config.precision == "auto" and task.x.is_cuda
-    return Model(backbone, new_head(features.shape[1], task.classes, generator), mixed)
+    head = new_head(features.shape[1], task.classes, generator)
+    return Model(backbone, head, config.mixed_on(task.x.device))
 
 
 @torch.no_grad()
@@ -1110,11 +1114,16 @@ def describe(config):
     return dict(settings=settings, code={Path(file).name: digest(file) for file in code})
 
 
+def holds_something(out):
+    """Whether config.json counts: what made nothing blocks nothing."""
+    return (out / "config.json").exists() and any(out.glob("seed*/*.pt"))
+
+
 def check_folder(out, now):
     """Refuses a folder made with other settings or data; warns of one made by other code."""
     path, differ = out / "config.json", {}
-    if not path.exists() or not any(out.glob("seed*/*.pt")):
-        return  # what made nothing blocks nothing
+    if not holds_something(out):
+        return
     try:
         before = json.loads(path.read_text())
         for part, new in now.items():
@@ -1203,7 +1212,7 @@ class Run:
     """One seed of a folder: every model by its name, every measurement, made once and kept."""
 
     def __init__(self, out, config, seed, data_dir="data", device="cpu"):
-        self.out, self.seed, self.device, c = Path(out), seed, torch.device(device), config
+        self.out, self.seed, self.device, c = Path(out), seed, device, config
         self.given, self.results = config, read_results(out)
         names = dict(source=c.source, target=c.target, downstream=c.downstream, oracle=c.oracle)
         names["source-subset"] = re.sub(r"(@\d+)?$", f"@{c.subset_per_class}", c.source, count=1)
@@ -1224,15 +1233,14 @@ class Run:
         kind = dict(network=c.network, source=c.source)  # a copied pretrained.pt must fit
         if not path.exists():
             earlier = [self.model(before) for before in made_from(name)]
-            settings = self.out / "config.json"
-            if not settings.exists() or not any(self.out.glob("seed*/*.pt")):
-                write(settings, json.dumps(describe(self.given), indent=1).encode())
+            if not holds_something(self.out):
+                settings = json.dumps(describe(self.given), indent=1).encode()
+                write(self.out / "config.json", settings)
             checkpoint = path.with_suffix(".part.pt")
             made = self.make(name, earlier, checkpoint)
             save(path, kind | dict(state=made.state_dict()))
             checkpoint.unlink(missing_ok=True)
-        mixed = c.precision == "auto" and self.device.type == "cuda"
-        return load_model(path, self.device, mixed, **kind)
+        return load_model(path, self.device, c.mixed_on(self.device), **kind)
 
     def make(self, name, earlier, checkpoint):
         LOG.info(dict(stage=f"seed {self.seed} {name}"))
