@@ -39,13 +39,13 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import tempfile
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 import click
@@ -88,7 +88,7 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
         forget = gradient_collision_loss(losses, backbone.parameters())
         balance.backward(retain_loss, forget, [*backbone.parameters(), *target_head.parameters()])
     """
-    losses, params = _gc_arguments(losses, params, similarity, 2, streamed=False)
+    losses, params = _gc_arguments(losses, params, similarity, streamed=False)
     value = total = 0  # total: the sum of u so far, (p,): every pair counts once, nothing cancels
     for i, loss in enumerate(losses):
         u = _gc_vector(loss, params, similarity, i, create_graph=True)
@@ -96,39 +96,29 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
     return (value * (2 / (len(losses) * (len(losses) - 1)))).to(total.dtype)
 
 
-def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot", group=None):
+def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot"):
     """The same loss in the memory of one chunk; its backward() hands out a gradient found already.
 
         dGC = 2/(n(n-1)) * sum_i (du_i/dparams)^T (S - u_i),   S = sum_i u_i;  S, u_i held constant
 
     chunk_losses: n >= 2 callables without arguments, each of which computes its chunk's loss and
     all of its graph, twice, the second time under torch's random state of the first; a generator of
-    your own would draw differently. About four plain steps; no CUDA graph can capture it. group: a
-    torch.distributed group over whose ranks the chunks are spread: GC is of all chunks, dGC the
-    MEAN of the ranks' gradients. Average .grad afterwards.
+    your own would draw differently. About four plain steps; no CUDA graph can capture it.
 
     What neither form works with, and the way out:
       scaled_dot_product_attention  sdpa_kernel(SDPBackend.MATH) around it
       torch.compile                 the uncompiled model, or set_stance("force_eager")
       reentrant checkpointing       checkpoint(..., use_reentrant=False)
       LSTM and GRU on CUDA          torch.backends.cudnn.flags(enabled=False) around it
-      FSDP, DDP                     unsharded parameters, ddp.module.parameters(), and `group`
+      FSDP, DDP                     unsharded parameters, ddp.module.parameters()
       BatchNorm's statistics        running_statistics_kept(model), or source data change them
     """
-    ranks = 1 if group is None else torch.distributed.get_world_size(group)
-    least = 2 if ranks == 1 else 1
-    chunk_losses, params = _gc_arguments(chunk_losses, params, similarity, least, streamed=True)
+    chunk_losses, params = _gc_arguments(chunk_losses, params, similarity, streamed=True)
     value, total, n = 0, 0, len(chunk_losses)
     state, (devices, device_states) = torch.get_rng_state(), get_device_states(params[0])
     for i, chunk_loss in enumerate(chunk_losses):
         u = _gc_vector(chunk_loss(), params, similarity, i)
         value, total = value + _gc_inner(u, total), total + u
-    if group is not None:  # the sum over pairs is (|S|^2 - sum |u|^2) / 2; a rank knows its |u|
-        numbers = value - _gc_inner(total, total) / 2
-        numbers = torch.stack([numbers, torch.full_like(numbers, n)])
-        for tensor in (total, numbers):
-            torch.distributed.all_reduce(tensor, group=group)
-        value, n = numbers[0] + _gc_inner(total, total) / 2, numbers[1]
     scale, gradient = 2 / (n * (n - 1)), torch.zeros_like(total)
     kind = params[0].device.type.replace("cpu", "cuda")  # fork_rng has no "cpu"
     with torch.random.fork_rng(devices, device_type=kind):
@@ -137,7 +127,7 @@ def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot", 
         for i, chunk_loss in enumerate(chunk_losses):
             u = _gc_vector(chunk_loss(), params, similarity, i, create_graph=True)
             if u.requires_grad:  # it does not where the loss is linear in params
-                pull = ((total - u.detach()) * (scale * ranks)).to(u.dtype)
+                pull = ((total - u.detach()) * scale).to(u.dtype)
                 found = torch.autograd.grad(u, params, pull, allow_unused=True)
                 gradient += _gc_flat(found, params)
     loss = (value * scale).to(total.dtype)
@@ -255,14 +245,14 @@ def _gc_params(params, leaves=False):
     return list({id(p): p for p in params}.values())
 
 
-def _gc_arguments(chunks, params, similarity, least, streamed):
+def _gc_arguments(chunks, params, similarity, streamed):
     chunks, params = _gc_list("chunks", chunks), _gc_params(params)
     if not torch.is_grad_enabled():
         raise ValueError("called under no_grad or inference_mode: GC would have no gradient")
     if similarity not in ("dot", "cos"):
         raise ValueError(f"similarity must be 'dot' or 'cos', not {similarity!r}")
-    if len(chunks) < least:
-        raise ValueError(f"{len(chunks)} chunks, {least} or more are needed: pairs collide")
+    if len(chunks) < 2:
+        raise ValueError(f"{len(chunks)} chunks, 2 or more are needed: pairs collide")
     for i, chunk in enumerate(chunks):
         if callable(chunk) != streamed:
             wanted = "a callable" if streamed else "a tensor; callables are for the streamed form"
@@ -495,25 +485,31 @@ def stream(*names):
     return int(hashlib.sha256(repr(names).encode()).hexdigest()[:16], 16) >> 1
 
 
+def split_task(name):
+    """'cifar100[0:80]@50' -> ('cifar100', '0', '80', '50'); what is not given is None or ''."""
+    form = r"(.+\.npz|[^\[\]@]+)(?:\[(\d{0,9}):(\d{0,9})\])?(?:@([1-9]\d{0,8}))?"
+    if not (match := re.fullmatch(form, name, re.IGNORECASE)):
+        wanted = "SET[FROM:TO]@PER_CLASS, like 'cifar100[0:80]@50'; own data needs two tasks"
+        raise DTLError(f"{name!r} is no task {wanted}: --source, --target (and --downstream)")
+    return match.groups()
+
+
 def load_task(name, seed, data_dir="data", device="cpu", split="test", image_size=0):
     """The Task SET[FROM:TO]@PER_CLASS: classes FROM to TO-1 of a set of DATASETS or an .npz file,
     labels renumbered from 0; PER_CLASS training images a class, drawn by `seed` (a smaller draw is
     part of a larger one); test images all kept, or with split "validation" in their place the last
     tenth of each class's training images. image_size: pixels a side, by area averaging."""
-    form = r"(.+\.npz|[^\[\]@]+)(?:\[(\d{0,9}):(\d{0,9})\])?(?:@([1-9]\d{0,8}))?"
-    if not (match := re.fullmatch(form, name)):
-        wanted = "SET[FROM:TO]@PER_CLASS, like cifar100[0:80]@50; own data needs all three tasks"
-        raise DTLError(f"{name!r} is no task {wanted}: --source, --target, --downstream")
-    x, y, x_test, y_test = load_set(match[1], Path(data_dir))
+    dataset, first, end, per_class = split_task(name)
+    x, y, x_test, y_test = load_set(dataset, Path(data_dir))
     count = int(max(y.max(), y_test.max())) + 1
-    first, end, kept, measured = int(match[2] or 0), int(match[3] or count), [], []
+    first, end, kept, measured = int(first or 0), int(end or count), [], []
     if first + 2 > end or end > count:
         raise DTLError(f"{name}: [{first}:{end}] are not two or more of the classes [0:{count}]")
     for c in range(first, end):
         ours, test = np.flatnonzero(y == c), np.flatnonzero(y_test == c)
         if split == "validation":
             ours, test = np.split(ours, [-max(1, len(ours) // 10)])
-        wanted = int(match[4] or len(ours) or 1)
+        wanted = int(per_class or len(ours) or 1)
         if len(ours) < wanted or not len(test):
             seen = f"{len(ours)} images to train and {len(test)} to measure on"
             raise DTLError(f"{name}: class {c} has {seen}, not {wanted} and 1")
@@ -521,53 +517,128 @@ def load_task(name, seed, data_dir="data", device="cpu", split="test", image_siz
         measured.append(test)
     tensors, x_test = [], x if split == "validation" else x_test
     for images, indices in ((x, kept), (x_test, measured)):
-        tensors.append(resized(torch.from_numpy(images[np.concatenate(indices)]), image_size))
+        tensors.append(gather(images, np.concatenate(indices), image_size))
         labels = np.repeat(np.arange(end - first), [len(of_class) for of_class in indices])
         tensors.append(torch.from_numpy(labels))
     return Task(*(t.to(device) for t in tensors), classes=end - first)
 
 
-def resized(images, size):
-    """(N, 3, H, W) uint8 -> (N, 3, size, size) uint8, by area averaging; 0: as they are."""
-    if size > min(images.shape[2:]):
-        raise DTLError(f"images {tuple(images.shape[2:])} are smaller than --image-size {size}")
-    if not size:
-        return images
-    shrink = functools.partial(F.interpolate, size=(size, size), mode="area")
-    return torch.cat([shrink(part.float()).round().byte() for part in images.split(4096)])
+def gather(images, index, size):
+    """Of (N, 1 or 3, H, W) uint8 those of `index`, as a tensor (n, 3, H, W) uint8, or with a size
+    (n, 3, size, size) by area averaging."""
+    height, width = images.shape[2:]
+    if size > min(height, width):
+        raise DTLError(f"images {(height, width)} are smaller than --image-size {size}")
+    result = torch.empty(len(index), 3, size or height, size or width, dtype=torch.uint8)
+    for place, i in zip(result.split(1000), np.split(index, range(1000, len(index), 1000))):
+        part = torch.from_numpy(images[i])
+        if size:
+            part = F.interpolate(part.float(), size=(size, size), mode="area").round()
+        place.copy_(part)  # grey: the channel repeated
+    return result
 
 
 @functools.lru_cache(maxsize=4)
 def load_set(name, data_dir):
-    if name not in DATASETS and not name.endswith(".npz"):
+    if name in DATASETS:
+        return DATASETS[name](data_dir)
+    if not name.lower().endswith(".npz"):
         raise DTLError(f"no data set {name!r}: there are {', '.join(DATASETS)}, and .npz files")
-    return DATASETS[name](data_dir) if name in DATASETS else read_npz(name)
+    return read_npz(name)
+
+
+NPZ = {  # the arrays of an .npz file: our names and Keras', and MedMNIST's
+    **{"x_train": "train_images", "y_train": "train_labels"},
+    **{"x_test": "test_images", "y_test": "test_labels"},
+}
+FAULTS = (  # of images x or labels y by shape and dtype: what to write instead, and when
+    ("x", "np.stack(x), all of one size", lambda x: x.dtype.hasobject),
+    ("x", "x.transpose(0, 2, 3, 1)", lambda x: x.ndim == 4 and x.shape[3] > 4 > x.shape[1]),
+    ("x", "x[..., :3]", lambda x: x.shape[3:] == (4,)),
+    ("x", "images (N, H, W, 3) or (N, H, W)", lambda x: x.ndim not in (3, 4) or not x.size),
+    ("x", "images (N, H, W, 3) or (N, H, W)", lambda x: x.shape[3:] not in ((), (1,), (3,))),
+    ("x", "(255 * x).astype(np.uint8) if x is of 0 to 1", lambda x: x.dtype.kind == "f"),
+    ("x", "x.astype(np.uint8), of 0 to 255", lambda x: x.dtype != np.uint8),
+    ("y", "np.unique(y, return_inverse=True)[1]", lambda y: y.dtype.kind in "OSU"),
+    ("y", "y.argmax(1)", lambda y: y.ndim == 2 and y.shape[1] > 1),
+    ("y", "y.astype(np.int64)", lambda y: y.dtype.kind not in "iu"),
+    ("y", "labels (N,)", lambda y: y.shape[1:] not in ((), (1,)) or not y.size),
+)
+VALUE_FAULTS = (
+    ("x", "255 * x", lambda x: x.max() < 2),
+    (
+        *("y", "np.unique(y, return_inverse=True)[1], labels from 0 without a gap"),
+        lambda y: y.min() < 0 or len(np.unique(y)) <= y.max(),
+    ),
+)
+
+
+def refuse_faults(path, faults, arrays):
+    for (name, array), (kind, instead, wrong) in itertools.product(arrays.items(), faults):
+        if name[0] == kind and wrong(array):
+            seen = f"{array.dtype} {array.shape}"
+            seen += f" of {array.min()} to {array.max()}" if faults is VALUE_FAULTS else ""
+            raise DTLError(f"{path}: {name} is {seen}; write instead {instead}")
+
+
+def header(file):
+    """An array of the shape and dtype that a .npy file announces, which takes no memory."""
+    if np.lib.format.read_magic(file) == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    return np.broadcast_to(np.empty((), dtype), shape)
+
+
+def members(path, read):
+    """{our name: read(file)} of the arrays that an .npz file has."""
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            there = archive.namelist()
+            for name, also in NPZ.items():
+                stored = f"{name if f'{name}.npy' in there else also}.npy"
+                if stored in there:
+                    with archive.open(stored) as file:
+                        found[name] = read(file)
+    except Exception as error:  # zipfile and numpy raise a dozen kinds for a damaged file
+        raise DTLError(f"{path}: no readable .npz ({type(error).__name__}: {error})") from None
+    return found
+
+
+def memory():
+    """GiB that this machine has, or infinity where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def read_npz(path):
-    """Own data: x_train, x_test (N, H, W, 3) uint8; y_train, y_test (N,) integers from 0."""
-    names, arrays = ("x_train", "y_train", "x_test", "y_test"), []
-    try:
-        with zipfile.ZipFile(path) as archive:  # before anything is unpacked
-            size = sum(member.file_size for member in archive.infolist()) >> 30
-        with np.load(path, allow_pickle=False) as file:
-            found = {k: np.asarray(file[k]) for k in names if k in file and size < 16}
-    except Exception as error:  # zipfile and numpy raise a dozen kinds for a damaged file
-        raise DTLError(f"{path}: no readable .npz ({type(error).__name__}: {error})") from None
-    if len(found) < 4:
-        seen = f"{', '.join(found) or 'none'} of {size} GiB"
-        raise DTLError(f"{path}: {', '.join(names)} under 16 GiB are needed, not {seen}")
-    shape = (*found["x_test"].shape[1:3], 3)
-    for x, y in ((found["x_train"], found["y_train"]), (found["x_test"], found["y_test"])):
-        right = x.dtype == np.uint8 and x.ndim == 4 and x.shape[1:] == shape and x.size
-        right = right and y.shape == x.shape[:1]
-        if not right or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= 1 << 20:
-            seen = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in found.items())
-            wanted = "x uint8 (N, H, W, 3) of one size, y integers (N,) from 0 to 2^20"
-            span = f", y from {y.min()} to {y.max()}" if y.dtype.kind in "iu" and y.size else ""
-            raise DTLError(f"{path}: {wanted} are needed, not {seen}{span}")
-        arrays += [np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y.astype(np.int64)]
-    return tuple(arrays)
+    """Own data: x_train, x_test (N, H, W, 3) uint8, or grey (N, H, W) or (N, H, W, 1); y_train,
+    y_test (N,) or (N, 1) integers from 0. Gives the images as views (N, 3 or 1, H, W)."""
+    found = members(path, header)
+    if len(found) < len(NPZ):
+        told = f"{', '.join(NPZ)} (or {', '.join(NPZ.values())}) are needed"
+        raise DTLError(f"{path}: {told}, not {', '.join(found) or 'none of them'}")
+    refuse_faults(path, FAULTS, found)
+    x, y, x_test, y_test = found.values()
+    if len(x) != len(y) or len(x_test) != len(y_test) or x.shape[1:] != x_test.shape[1:]:
+        seen = ", ".join(f"{name} {array.shape}" for name, array in found.items())
+        raise DTLError(f"{path}: a label for each image, and one size, are needed, not {seen}")
+    need = 2 * (x.nbytes + x_test.nbytes) / 2**30
+    if need > memory():
+        told = f"its images need {need:.0f} GiB of memory, of which there are {memory():.0f}"
+        raise DTLError(f"{path}: {told}: write them smaller")
+    x, y, x_test, y_test = members(path, np.lib.format.read_array).values()
+    y, y_test = y.ravel().astype(np.int64), y_test.ravel().astype(np.int64)
+    values = dict(x_train=x, x_test=x_test, y_train_and_test=np.concatenate([y, y_test]))
+    refuse_faults(path, VALUE_FAULTS, values)
+    channels_first = (
+        part.reshape(*part.shape[:3], -1).transpose(0, 3, 1, 2) for part in (x, x_test)
+    )
+    x, x_test = channels_first
+    return x, y, x_test, y_test
 
 
 CIFAR = {  # set: (sha256 of its archive, the folder in it, files to train, to test on, labels)
@@ -588,6 +659,8 @@ def read_cifar(name, data_dir):
     sha256, folder, *parts, labels = CIFAR[name]
     folder, arrays = data_dir / folder, []
     if not folder.is_dir():
+        for other in data_dir.glob(f"{name}-*py*"):
+            click.echo(f"{other} is CIFAR's Python version: the binary one is read here", err=True)
         download(f"https://www.cs.toronto.edu/~kriz/{name}-binary.tar.gz", sha256, folder)
     for pattern, count in zip(parts, (50000, 10000)):
         records = b"".join(path.read_bytes() for path in sorted(folder.glob(pattern)))
@@ -845,9 +918,10 @@ def with_new_head(backbone, task, config, seed):
 
 @torch.no_grad()
 def accuracy(model, task):
-    """The share of test images that the model gets right."""
+    """The share of test images that the model gets right; half a million pixels at a time."""
     model.eval()
-    answers = [model(normalise(x)).argmax(1) for x in task.x_test.split(500)]
+    size = max(1, 2**19 // task.x_test[0, 0].numel())
+    answers = [model(normalise(x)).argmax(1) for x in task.x_test.split(size)]
     return (torch.cat(answers) == task.y_test).double().mean().item()
 
 
@@ -856,7 +930,6 @@ def accuracy(model, task):
 WEIGHT_DECAY, CLIP = 5e-4, 5.0  # CLIP: largest norm of a step's gradient
 TEMPERATURE = 4.0  # of the distillation from the transferred model, which keeps the target
 LOOK_EVERY = 50  # steps between two looks at the loss terms, which stay on the device till then
-SAVE_EVERY = 30.0  # seconds between saves within a stage
 LOG = logging.getLogger("dtl")  # its messages are dicts; any handler may watch
 LOG.setLevel(logging.INFO)
 
@@ -890,21 +963,15 @@ class Graph:
         return self.result.clone()
 
 
-def train(model, step_loss, schedule, seed, checkpoint=None, graph=True, inspect=None):
+def train(model, step_loss, schedule, seed, graph=True, inspect=None):
     """Trains what of `model` requires grad, by SGD with Nesterov momentum and a list of learning
     rates, one a step. step_loss(generator) draws a batch, backpropagates, and returns its terms by
-    name, tensors () that stay on the device. The generator is seeded anew by (seed, step), so that
-    a stage goes on from the file `checkpoint`, if there is one, as if it had never stopped. graph:
+    name, tensors () that stay on the device. The generator is seeded anew by (seed, step). graph:
     on CUDA, a step is one graph. inspect(generator) gives more numbers to log."""
     params, steps = [p for p in model.parameters() if p.requires_grad], len(schedule)
     how = dict(momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True)
     optimizer = torch.optim.SGD(params, schedule[0], **how)
-    generator, first, names, terms = torch.Generator(params[0].device), 0, [], []
-    if checkpoint and checkpoint.exists():
-        saved = load(checkpoint)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+    generator, names, terms = torch.Generator(params[0].device), [], []
 
     def gradients():
         optimizer.zero_grad()
@@ -916,30 +983,27 @@ def train(model, step_loss, schedule, seed, checkpoint=None, graph=True, inspect
     if graph and generator.device.type == "cuda":
         gradients = Graph(gradients, generator)
     model.train()
-    began = saved_at = time.monotonic()
-    LOG.info(dict(step=first, steps=steps))
-    for step in range(first, steps):
-        optimizer.param_groups[0]["lr"] = schedule[step]
+    began = time.monotonic()
+    LOG.info(dict(step=0, steps=steps))
+    for step, rate in enumerate(schedule):
+        optimizer.param_groups[0]["lr"] = rate
         generator.manual_seed(stream(seed, step))
         terms.append(gradients())
         optimizer.step()
         if (step + 1) % LOOK_EVERY and step + 1 < steps:
             continue
-        now, means = time.monotonic(), dict(zip(names, torch.stack(terms).mean(0).tolist()))
+        means = dict(zip(names, torch.stack(terms).mean(0).tolist()))
         if not all(map(math.isfinite, means.values())):
             told = f"not finite in steps {step + 2 - len(terms)} to {step + 1}: {means}"
             raise DTLError(f"{told}; a smaller learning rate or allowance may help")
         means |= inspect(generator) if inspect else {}
-        LOG.info(dict(step=step + 1, steps=steps, seconds=round(now - began, 2)) | means)
+        seconds = round(time.monotonic() - began, 2)
+        LOG.info(dict(step=step + 1, steps=steps, seconds=seconds) | means)
         terms.clear()
-        if checkpoint and now - saved_at >= SAVE_EVERY:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-            save(checkpoint, state)
-            saved_at = now
     model.eval()
 
 
-def fit(model, task, schedule, config, seed, checkpoint=None):
+def fit(model, task, schedule, config, seed):
     """Trains a Model by cross entropy on a task, and returns it."""
 
     def step_loss(generator):
@@ -948,29 +1012,29 @@ def fit(model, task, schedule, config, seed, checkpoint=None):
         loss.backward()
         return {"loss": loss}
 
-    train(model, step_loss, schedule, seed, checkpoint, not config.no_graphs)
+    train(model, step_loss, schedule, seed, not config.no_graphs)
     return model
 
 
 # ---- The stages, in the paper's order: Models, Tasks and a Config in, a result out ----
 
 
-def pretrain(source, config, seed, checkpoint=None):
+def pretrain(source, config, seed):
     """Stage 1: a Model with a random backbone, trained on the source task."""
     backbone = new_backbone(config.network, stream(seed, "backbone"), source.x.device)
     model = with_new_head(backbone, source, config, seed)
     schedule = one_cycle(config.pretrain_steps, config.pretrain_lr)
-    return fit(model, source, schedule, config, seed, checkpoint)
+    return fit(model, source, schedule, config, seed)
 
 
-def transfer(pretrained, target, config, seed, checkpoint=None):
+def transfer(pretrained, target, config, seed):
     """Stage 2: a Model of the pretrained backbone and a new head, trained on the target task."""
     model = with_new_head(copy.deepcopy(pretrained.backbone), target, config, seed)
     schedule = one_cycle(config.transfer_steps, config.transfer_lr)
-    return fit(model, target, schedule, config, seed, checkpoint)
+    return fit(model, target, schedule, config, seed)
 
 
-def dispose(pretrained, transferred, source, target, method, config, seed, checkpoint=None):
+def dispose(pretrained, transferred, source, target, method, config, seed):
     """Stage 3: the scrubbed Model. The student starts as the transferred model, or with a fresh
     backbone if the method's name ends in -fresh. It minimises the retain loss, distillation of the
     transferred model's answers on target images, and the method's forget loss on source images,
@@ -1013,8 +1077,7 @@ def dispose(pretrained, transferred, source, target, method, config, seed, check
             stats = gradient_stats([_gc_vector(loss, params, "dot", 0) for loss in losses])
         return {name: value for name, value in stats.items() if name != "gram"}
 
-    both = nn.ModuleList([student, balance])  # a checkpoint holds the balance, too
-    train(both, step_loss, schedule, seed, checkpoint, not c.no_graphs, inspect)
+    train(student, step_loss, schedule, seed, not c.no_graphs, inspect)
     return student
 
 
@@ -1115,9 +1178,8 @@ ATTACKERS = {  # name -> function of (backbone, its own to change; task; config;
 
 
 # ---- One run, one folder: what is there is used, what is missing is made ----
-# OUT: config.json, results.jsonl, log.jsonl, report.md, seed0/gc.pt, seed0/gc.part.pt (unfinished)
+# OUT: config.json, results.jsonl, log.jsonl, report.md, seed0/gc.pt
 
-WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun's
 PIGGYBACK_TASKS, REFERENCES = ("source-subset", "downstream"), ("scratch", "oracle", "transferred")
 RESULT = ("seed", "model", "metric", "task", "attacker")  # of a value in results.jsonl
 
@@ -1133,9 +1195,9 @@ def write(path, data):
         temporary.unlink(missing_ok=True)
 
 
-def append(path, record):
-    with path.open("ab", buffering=0) as file:  # a line in one piece
-        file.write(json.dumps(record).encode() + b"\n")
+def append(path, line):
+    with path.open("ab", buffering=0) as file:  # in one piece
+        file.write(line)
 
 
 def save(path, state):
@@ -1168,8 +1230,10 @@ def load_model(path, device="cpu", mixed=False, **expected):
 
 def describe(config):
     """What config.json holds: settings, and the digests of own data and of the code that runs."""
-    tasks = (config.source, config.target, config.downstream)
-    data = sorted({re.sub(r"(?<=\.npz)[\[@].*", "", task) for task in tasks if ".npz" in task})
+    names = {
+        split_task(task)[0] for task in (config.source, config.target, config.downstream) if task
+    }
+    data = sorted(name for name in names if name not in DATASETS)
     main = getattr(sys.modules["__main__"], "__file__", None) or __file__
     code = sorted({file for file in (__file__, main) if Path(file).is_file()})
 
@@ -1212,6 +1276,10 @@ def made_from(model):
     return ["pretrained"] if model == "transferred" else ["pretrained", "transferred"]
 
 
+def result_line(key, value):
+    return json.dumps(dict(zip(RESULT, key), value=value)).encode() + b"\n"
+
+
 def read_results(out):
     """{(seed, model, metric, task, attacker): value}; what is no line of results is passed over."""
     path, found = Path(out, "results.jsonl"), {}
@@ -1230,15 +1298,9 @@ def tidy(out):
         except DTLError as error:
             click.echo(f"warning: {error.message}; it is made anew", err=True)
             path.unlink()
-    for path in (path for path in sorted(out.glob("seed*/*.pt")) if ".part." not in path.name):
-        for earlier in made_from(path.name.removesuffix(".pt")):
-            if not path.with_name(f"{earlier}.pt").exists():
-                told = f"{path} was made from {earlier}.pt, which is missing"
-                click.echo(f"warning: {told}; without it, too, both are made anew", err=True)
-    path, lines = out / "results.jsonl", b""
-    for key, value in read_results(out).items():
-        if (out / f"seed{key[0]}" / f"{key[1]}.pt").exists():
-            lines += json.dumps(dict(zip(RESULT, key), value=value)).encode() + b"\n"
+    path, found = out / "results.jsonl", read_results(out)
+    kept = [key for key in found if (out / f"seed{key[0]}" / f"{key[1]}.pt").exists()]
+    lines = b"".join(result_line(key, found[key]) for key in kept)
     if path.exists() and path.read_bytes() != lines:
         click.echo(f"warning: {path}: dropped lines damaged or of a missing model", err=True)
         write(path, lines)
@@ -1246,7 +1308,7 @@ def tidy(out):
 
 def on_terminal():
     """Whether somebody watches stderr; it is None where it was closed."""
-    return RANK == 0 and bool(sys.stderr) and sys.stderr.isatty()
+    return bool(sys.stderr) and sys.stderr.isatty()
 
 
 class Watch(logging.Handler):
@@ -1260,7 +1322,7 @@ class Watch(logging.Handler):
     def emit(self, record):
         row = record.msg
         self.stage = row.get("stage", self.stage)
-        append(self.path, {"stage": self.stage} | row)
+        append(self.path, json.dumps({"stage": self.stage} | row).encode() + b"\n")
         if on_terminal() and "step" in row:
             how = dict(length=row["steps"], label=self.stage, file=sys.stderr)
             self.bar = self.bar or click.progressbar(**how)
@@ -1280,12 +1342,15 @@ class Run:
     def __init__(self, out, config, seed, data_dir="data", device="cpu"):
         self.out, self.seed, self.device, c = Path(out), seed, device, config
         self.given, self.results = config, read_results(out)
-        names = dict(source=c.source, target=c.target, downstream=c.downstream, oracle=c.oracle)
-        names["source-subset"] = re.sub(r"(@\d+)?$", f"@{c.subset_per_class}", c.source, count=1)
+        names = dict(source=c.source, target=c.target, oracle=c.oracle, downstream=c.downstream)
         where = (seed, data_dir, device, c.split, c.image_size)
-        self.tasks = {task: load_task(name, *where) for task, name in names.items()}
-        if len(self.tasks["source-subset"].y) > len(self.tasks["source"].y):
-            raise DTLError(f"--subset-per-class {c.subset_per_class}: {c.source} has fewer")
+        self.tasks = {task: load_task(name, *where) for task, name in names.items() if name}
+        there = int(torch.bincount(self.tasks["source"].y).min())
+        subset = re.sub(r"(@\d+)?$", f"@{min(there, c.subset_per_class)}", c.source, count=1)
+        self.tasks["source-subset"] = load_task(subset, *where)
+        if there < c.subset_per_class:
+            told = f"the attacker has {there} source images a class, all that there are"
+            click.echo(f"{told}, not --subset-per-class {c.subset_per_class}", err=True)
         by_size = {}
         for name, (task, passes, least) in PASSES.items():
             if getattr(c, name) == 0:
@@ -1302,26 +1367,24 @@ class Run:
             if not holds_something(self.out):
                 settings = json.dumps(describe(self.given), indent=1).encode()
                 write(self.out / "config.json", settings)
-            checkpoint = path.with_suffix(".part.pt")
-            made = self.make(name, earlier, checkpoint)
+            made = self.make(name, earlier)
             save(path, kind | dict(state=made.state_dict()))
-            checkpoint.unlink(missing_ok=True)
         return load_model(path, self.device, c.mixed_on(self.device), **kind)
 
-    def make(self, name, earlier, checkpoint):
+    def make(self, name, earlier):
         LOG.info(dict(stage=f"seed {self.seed} {name}"))
         c, target = self.config, self.tasks["target"]
         seed_of = functools.partial(stream, self.seed)
         if name == "pretrained":
-            return pretrain(self.tasks["source"], c, seed_of("pretrain"), checkpoint)
+            return pretrain(self.tasks["source"], c, seed_of("pretrain"))
         if name == "transferred":
-            return transfer(*earlier, target, c, seed_of("transfer"), checkpoint)
+            return transfer(*earlier, target, c, seed_of("transfer"))
         if name in ("scratch", "oracle"):  # references that never see the source
             c = replace(c, pretrain_steps=c.fresh_steps, pretrain_lr=c.fresh_lr)
             task = self.tasks["oracle"] if name == "oracle" else target
-            return pretrain(task, c, seed_of("fresh"), checkpoint)
+            return pretrain(task, c, seed_of("fresh"))
         tasks = self.tasks["source"], target
-        return dispose(*earlier, *tasks, name, c, seed_of("dispose"), checkpoint)
+        return dispose(*earlier, *tasks, name, c, seed_of("dispose"))
 
     def measure(self, model, metric, task=None, attacker=None):
         """Adds a line to results.jsonl, unless it is there: `source_accuracy`, `target_accuracy`,
@@ -1336,7 +1399,7 @@ class Run:
             value = piggyback(made.backbone, self.tasks[task], attacker, self.config, seed)
         else:
             value = accuracy(made, self.tasks[metric.split("_")[0]])
-        append(self.out / "results.jsonl", dict(zip(RESULT, key), value=value))
+        append(self.out / "results.jsonl", result_line(key, value))
         self.results[key] = value
         LOG.info({metric: value})
 
@@ -1347,15 +1410,17 @@ class Run:
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of 1 .. 9 degrees of freedom
 
 
-def collect(results, seeds, models, attackers):
+def collect(results, seeds, models, tasks, attackers):
     """That dict. "strongest" is, for each model and task, the attacker of the highest mean."""
     found = {}
     for m in models:
         found[m, "target"] = [100 * results[s, m, "target_accuracy", None, None] for s in seeds]
-        for task in PIGGYBACK_TASKS:
+        for task in tasks:
             for a in attackers:
                 found[m, task, a] = [100 * results[s, m, "pl_accuracy", task, a] for s in seeds]
-            found[m, task, "strongest"] = max((found[m, task, a] for a in attackers), key=np.mean)
+            if len(attackers) > 1:
+                by = (found[m, task, a] for a in attackers)
+                found[m, task, "strongest"] = max(by, key=np.mean)
     return found
 
 
@@ -1368,41 +1433,52 @@ def cell(values):
     return f"{text} ± {round(T95[min(n, 10) - 2] * np.std(values, ddof=1) / n**0.5, 9):.1f}"
 
 
-def table(numbers, models, attackers):
+def table(numbers):
     """Lines of markdown: target accuracy, and PL accuracy by task and attacker."""
-    shown = [*attackers, "strongest"] if len(attackers) > 1 else attackers
-    columns = [("target",), *((task, a) for task in PIGGYBACK_TASKS for a in shown)]
+    columns = list(dict.fromkeys(key[1:] for key in numbers))
     rows = [["model", *(", ".join(column) + " %" for column in columns)]]
-    rows += [[m, *(cell(numbers[(m, *column)]) for column in columns)] for m in models]
+    for m in dict.fromkeys(key[0] for key in numbers):
+        rows.append([m, *(cell(numbers[(m, *column)]) for column in columns)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
 
 
-def in_words(numbers, models, attackers):
-    """A sentence a method, and one where an attacker's failure says nothing about forgetting."""
+def in_words(numbers):
+    """A sentence a method, and one for whatever makes a comparison unfair."""
     lines, mean = [], {key: round(np.mean(values), 9) for key, values in numbers.items()}
-    for m in (m for m in models if m not in REFERENCES):
-        gets = [f"{mean[m, task, 'strongest']:.1f}% on {task}" for task in PIGGYBACK_TASKS]
-        change = f"{mean[m, 'target'] - mean['transferred', 'target']:+.1f} points"
-        got = f"the strongest attacker gets {' and '.join(gets)}"
-        lines.append(f"- {m} changes target accuracy by {change}; {got}.")
-        for task, a in itertools.product(PIGGYBACK_TASKS, attackers):
-            if "oracle" in models and mean[m, task, a] < mean["oracle", task, a] - 3:
+    target = {key[0]: value for key, value in mean.items() if key[1] == "target"}
+    apart = target.get("oracle", target["transferred"]) - target["transferred"]
+    if abs(apart) > 3:
+        told = f"oracle stands {apart:+.1f} points from transferred on the target task"
+        lines.append(f"- {told}, too far to compare: --oracle-per-class sets its images.")
+    for m in (m for m in target if m not in REFERENCES):
+        by_task = {}
+        for (_, task, *attacker), value in ((k, v) for k, v in mean.items() if k[0] == m):
+            oracle = mean.get(("oracle", task, *attacker), -math.inf)
+            if attacker:
+                by_task[task] = max(value, by_task.get(task, 0))
+            if attacker and attacker[0] != "strongest" and value < oracle - 3:
                 why = "a broken starting point, not forgetting: look at the other attackers"
-                lines.append(f"- {m}, {a} on {task}: over 3 points less than from oracle, {why}.")
+                told = f"- {m}, {attacker[0]} on {task}: over 3 points less than from oracle"
+                lines.append(f"{told}, {why}.")
+        gets = " and ".join(f"{value:.1f}% on {task}" for task, value in by_task.items())
+        change = f"{target[m] - target['transferred']:+.1f} points"
+        lines.append(
+            f"- {m} changes target accuracy by {change}; the strongest attacker gets {gets}."
+        )
     return lines
 
 
-def report(out, config, about, seeds, models, attackers):
+def report(out, config, about, seeds, models, tasks, attackers):
     """Writes OUT/report.md, and returns its text."""
-    numbers = collect(read_results(out), seeds, models, attackers)
-    tasks = f"Source {config.source}, target {config.target}, downstream {config.downstream}"
+    numbers = collect(read_results(out), seeds, models, tasks, attackers)
+    three = f"Source {config.source}, target {config.target}, downstream {config.downstream or '-'}"
     lines = [
-        f"{tasks}; {config.network}; {config.split} images; seeds {','.join(map(str, seeds))}.",
+        f"{three}; {config.network}; {config.split} images; seeds {','.join(map(str, seeds))}.",
         "PL accuracy: what an attacker gets by retraining. ±: half of a 95% t-interval over seeds.",
     ]
-    lines += ["", *table(numbers, models, attackers), "", *in_words(numbers, models, attackers)]
+    lines += ["", *table(numbers), "", *in_words(numbers)]
     text = "\n".join([*lines, "", *(f"    {line}" for line in about), ""])
     write(out / "report.md", text.encode(errors="backslashreplace"))
     return text
@@ -1414,7 +1490,7 @@ def report(out, config, about, seeds, models, attackers):
 def find_device(gpu, precision):
     if gpu is None:
         return torch.device("cpu")
-    count, gpu = torch.cuda.device_count(), gpu + int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.cuda.device_count()
     if gpu >= count:
         seen = f"this PyTorch ({torch.__version__}) sees {count} CUDA devices, numbered from 0"
         raise DTLError(f"--gpu {gpu}: {seen}; leave it out for the CPU")
@@ -1454,37 +1530,50 @@ def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings
     seeds = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     models = models_in(stage, methods, config)
     attackers = names_in("--attackers", attackers, ATTACKERS)
-    tasks = PIGGYBACK_TASKS if stage in ("all", "piggyback") else ()
     out = out or Path(os.environ.get("DTL_OUT", "runs"), preset)
     about = about_this(device)
-    wait = torch.distributed.barrier if WORLD > 1 else lambda: None
-    if WORLD > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    if RANK == 0:
-        check_folder(out, describe(config))
-        tidy(out)
-        there = [str(path.relative_to(out)) for path in sorted(out.glob("seed*/*.pt"))]
-        click.echo("\n".join([*about, f"{out}: {', '.join(there) or 'nothing is there yet'}"]))
-    wait()
-    runs = [Run(out, config, seed, data_dir, device) for seed in seeds[RANK::WORLD]]
+    check_folder(out, describe(config))
+    tidy(out)
+    there = [str(path.relative_to(out)) for path in sorted(out.glob("seed*/*.pt"))]
+    click.echo("\n".join([*about, f"{out}: {', '.join(there) or 'nothing is there yet'}"]))
+    runs = [Run(out, config, seed, data_dir, device) for seed in seeds]
+    warn_of(runs[0].tasks, config)
+    tasks = [task for task in PIGGYBACK_TASKS if task in runs[0].tasks]
+    if stage not in ("all", "piggyback"):
+        tasks = []
     LOG.addHandler(Watch(out))
     for one, model in itertools.product(runs, ["pretrained", *models]):
         one.measure(model, "source_accuracy" if model == "pretrained" else "target_accuracy")
         for task, attacker in itertools.product(tasks, attackers if model in models else ()):
             one.measure(model, "pl_accuracy", task, attacker)
-    wait()
-    if RANK == 0 and tasks:
-        click.echo(report(out, config, about, seeds, models, attackers))
+    if tasks:
+        click.echo(report(out, config, about, seeds, models, tasks, attackers))
         click.echo(f"wrote {out / 'report.md'}, {out / 'results.jsonl'}")
+
+
+def warn_of(tasks, config):
+    """What is likely to be a mistake, or slow."""
+    seen = {}
+    for name in (name for name in ("source", "target", "downstream") if name in tasks):
+        images = itertools.chain(tasks[name].x.cpu(), tasks[name].x_test.cpu())
+        seen[name] = {hash(image.numpy().tobytes()) for image in images}
+    for one, other in itertools.combinations(seen, 2):
+        if shared := len(seen[one] & seen[other]):
+            click.echo(f"warning: {one} and {other} have {shared} images in common", err=True)
+    side = max(tasks["source"].x.shape[2:])
+    if side > 64 and not config.image_size:
+        click.echo(f"images of {side} pixels take long: --image-size 64 shrinks them", err=True)
 
 
 def about_this(device):
     """The command, and what runs it."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    if torch.backends.mps.is_available():
+        machine += " (its Apple GPU is not used)"
     machine += f", {torch.get_num_threads()} threads, C routine {native_routine()[1]}"
     versions = f"torch {torch.__version__}, numpy {np.__version__}"
     return [
-        " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         f"dtl.py {__version__}, Python {platform.python_version()}, {versions}; {machine}",
     ]
 
@@ -1495,7 +1584,7 @@ class Command(click.Command):
 
     def parse_args(self, context, args):
         text = " ".join(map(str, args))
-        preset = "own" if ".npz" in text else "cifar" if "--gpu" in text else "demo"
+        preset = "own" if ".npz" in text.lower() else "cifar" if "--gpu" in text else "demo"
         named = re.search(r"--preset[ =](\S+)", text)
         context.default_map = PRESETS.get(named[1] if named else preset, {}) | {"preset": preset}
         return super().parse_args(context, args)
