@@ -77,10 +77,11 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
     squared norm of the source loss's own gradient; cos looks at directions alone.
     losses: n >= 2 tensors (), each with its graph. params: bfloat16, float32 or float64 tensors on
     one device; tied ones count once; one that a loss does not touch has a zero gradient, whose
-    cosine is 0. Returns a tensor (), differentiable by params, not finite where gradients are not.
-    No host synchronisation; about three plain steps; memory grows with n. The caller sets BatchNorm
-    and dropout mode. ValueError for all else. Source: arXiv 2308.09971; dot or cos, the backbone
-    alone and the fresh head are this project's reading.
+    cosine is 0. Returns a tensor (), differentiable by params, not finite where losses or gradients
+    are not. No host synchronisation; memory grows with n. Three plain steps if convolutions or wide
+    layers are all the work, up to nine for small layers. The caller sets BatchNorm and dropout
+    mode. ValueError for all else. Source: arXiv 2308.09971; dot or cos, the backbone alone and the
+    fresh head are this project's reading.
 
         head = nn.Linear(features, classes).to(device)  # random, drawn anew at every step
         chunks = zip(source_x.chunk(4), source_y.chunk(4))
@@ -91,8 +92,8 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
     losses, params = _gc_arguments(losses, params, similarity, streamed=False)
     value = total = 0  # total: the sum of u so far, (p,): every pair counts once, nothing cancels
     for i, loss in enumerate(losses):
-        u = _gc_vector(loss, params, similarity, i, create_graph=True)
-        value, total = value + _gc_inner(u, total), total + u
+        u = _gc_vector(i, loss, params, similarity, create_graph=True, check=i == 0)
+        value, total = value + _gc_inner(u, total) + 0 * loss.detach().to(u), total + u
     return (value * (2 / (len(losses) * (len(losses) - 1)))).to(total.dtype)
 
 
@@ -102,8 +103,10 @@ def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot"):
         dGC = 2/(n(n-1)) * sum_i (du_i/dparams)^T (S - u_i),   S = sum_i u_i;  S, u_i held constant
 
     chunk_losses: n >= 2 callables without arguments, each of which computes its chunk's loss and
-    all of its graph, twice, the second time under torch's random state of the first; a generator of
-    your own would draw differently. About four plain steps; no CUDA graph can capture it.
+    all of its graph, twice, the second time under torch's random state of the first. Where the two
+    losses differ by more than 1e-3 of their size (2e-2 in bfloat16, 1e-9 in float64), as with other
+    generators or a forward that changes state, it is a ValueError on the CPU, and elsewhere NaN,
+    value and gradient. One plain step more than the other form; no CUDA graph can capture it.
 
     What neither form works with, and the way out:
       scaled_dot_product_attention  sdpa_kernel(SDPBackend.MATH) around it
@@ -111,25 +114,39 @@ def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot"):
       reentrant checkpointing       checkpoint(..., use_reentrant=False)
       LSTM and GRU on CUDA          torch.backends.cudnn.flags(enabled=False) around it
       FSDP, DDP                     unsharded parameters, ddp.module.parameters()
-      BatchNorm's statistics        running_statistics_kept(model), or source data change them
+      BatchNorm                     running_statistics_kept(model); two images a chunk (drop_last)
+      weight_norm                   v * (g / v.norm(...)) by yourself: PyTorch's own is wrong
+      Tensor.register_hook          acts on every u_i: a hook that clamps belongs elsewhere
     """
     chunk_losses, params = _gc_arguments(chunk_losses, params, similarity, streamed=True)
-    value, total, n = 0, 0, len(chunk_losses)
+    value, total, n, first = 0, 0, len(chunk_losses), []
     state, (devices, device_states) = torch.get_rng_state(), get_device_states(params[0])
     for i, chunk_loss in enumerate(chunk_losses):
-        u = _gc_vector(chunk_loss(), params, similarity, i)
-        value, total = value + _gc_inner(u, total), total + u
+        loss = chunk_loss()
+        u = _gc_vector(i, loss, params, similarity, create_graph=i == 0, check=i == 0).detach()
+        first.append(loss.detach())
+        value, total = value + _gc_inner(u, total) + 0 * first[i].to(u), total + u
     scale, gradient = 2 / (n * (n - 1)), torch.zeros_like(total)
     kind = params[0].device.type.replace("cpu", "cuda")  # fork_rng has no "cpu"
     with torch.random.fork_rng(devices, device_type=kind):
         torch.set_rng_state(state)
         set_device_states(devices, device_states, device_type=kind)
         for i, chunk_loss in enumerate(chunk_losses):
-            u = _gc_vector(chunk_loss(), params, similarity, i, create_graph=True)
+            loss = chunk_loss()
+            u = _gc_vector(i, loss, params, similarity, create_graph=True)
+            near = {torch.bfloat16: 2e-2, torch.float64: 1e-9}.get(loss.dtype, 1e-3)
+            near = dict(rtol=near, atol=near / 1000, equal_nan=True)
+            same = torch.isclose(loss.detach(), first[i], **near)
+            if same.device.type == "cpu" and not same:
+                seen = f"{first[i]:.6g}, and when called again {loss:.6g}"
+                told = "its forward changes state, or draws from another generator than torch's"
+                raise ValueError(f"chunk {i}'s loss is {seen}: {told}")
+            value = torch.where(same.to(value.device), value, math.nan)
             if u.requires_grad:  # it does not where the loss is linear in params
                 pull = ((total - u.detach()) * scale).to(u.dtype)
                 found = torch.autograd.grad(u, params, pull, allow_unused=True)
                 gradient += _gc_flat(found, params)
+    gradient += 0 * value.to(gradient)  # NaN where the value is
     loss = (value * scale).to(total.dtype)
     for p, g in zip(params, gradient.split([p.numel() for p in params])):
         loss = loss + ((p - p.detach()) * g.view_as(p)).sum()  # adds 0, of gradient g
@@ -158,10 +175,10 @@ class Balance(torch.nn.Module):
 
     def __init__(self, allowance, *, strength=1.0, limits=(0.25, 4.0)):
         super().__init__()
-        numbers = (1.0 if allowance is None else allowance, strength, *limits)
-        if not all(0 < number < math.inf for number in numbers) or limits[0] > limits[1]:
+        numbers = [float(x) for x in (1.0 if allowance is None else allowance, strength, *limits)]
+        if not all(0 < x < math.inf for x in numbers) or numbers[2] > numbers[3]:
             raise ValueError(f"allowance, strength, limits must be positive numbers, not {numbers}")
-        self.allowance, self.limits = allowance, limits
+        self.allowance, self.limits = None if allowance is None else numbers[0], numbers[2:]
         for name, start in (("strength", strength), ("mean", math.nan), ("forget_norm", math.nan)):
             self.register_buffer(name, torch.tensor(float(start)))  # nan: nothing was seen yet
 
@@ -210,7 +227,8 @@ class Balance(torch.nn.Module):
 
 @contextlib.contextmanager
 def running_statistics_kept(model):
-    """Inside, BatchNorm in training mode uses the batch and leaves its running statistics alone."""
+    """Inside, BatchNorm in training mode uses the batch and leaves its running statistics alone.
+    Of BatchNorm alone: not those of InstanceNorm, nor spectral_norm's vectors."""
     kind = torch.nn.modules.batchnorm._BatchNorm
     tracked = {m: m.track_running_stats for m in model.modules() if isinstance(m, kind)}
     try:
@@ -235,8 +253,10 @@ def _gc_params(params, leaves=False):
         if not isinstance(p, torch.Tensor):
             raise ValueError(f"params[{k}] is a {type(p).__name__}, no tensor")
         seen = f"params[{k}] of shape {tuple(p.shape)}, {p.dtype}, on {p.device}"
-        if p.dtype not in kinds or p.device != params[0].device:
-            raise ValueError(f"{seen}: not bfloat16, float32 or float64, all on one device")
+        if p.dtype not in kinds:
+            raise ValueError(f"{seen}: not bfloat16, float32 or float64")
+        if p.device != params[0].device:
+            raise ValueError(f"{seen}, but params[0] on {params[0].device}: one device is needed")
         if not p.requires_grad or leaves and not p.is_leaf:
             why = "is no leaf" if p.requires_grad else "does not require grad"
             raise ValueError(f"{seen} {why}: [p for p in model.parameters() if p.requires_grad]")
@@ -253,14 +273,23 @@ def _gc_arguments(chunks, params, similarity, streamed):
         raise ValueError(f"similarity must be 'dot' or 'cos', not {similarity!r}")
     if len(chunks) < 2:
         raise ValueError(f"{len(chunks)} chunks, 2 or more are needed: pairs collide")
+    given = set()
     for i, chunk in enumerate(chunks):
         if callable(chunk) != streamed:
             wanted = "a callable" if streamed else "a tensor; callables are for the streamed form"
             raise ValueError(f"chunk {i} is a {type(chunk).__name__}, not {wanted}")
+        if type(chunk) is type(_gc_list):  # a plain function: its code, and what it holds
+            held = [*(chunk.__defaults__ or ()), *(chunk.__kwdefaults__ or {}).values()]
+            held += [cell.cell_contents for cell in chunk.__closure__ or ()]
+            known = (chunk.__code__, *map(id, held))
+            if known in given:
+                way = "in a loop write lambda a=a, b=b: ..., which keeps each turn's values"
+                raise ValueError(f"chunk {i} is an earlier one again: {way}")
+            given.add(known)
     return chunks, params
 
 
-def _gc_vector(loss, params, similarity, i, create_graph=False):
+def _gc_vector(i, loss, params, similarity, create_graph=False, check=False):
     """u_i: chunk i's gradient as one vector (p,), zeros where the loss touches no parameter."""
     if not isinstance(loss, torch.Tensor) or loss.dim():
         seen = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
@@ -273,15 +302,18 @@ def _gc_vector(loss, params, similarity, i, create_graph=False):
         if "second time" in str(error):
             told = "part of its graph was built outside the callable: compute everything inside"
         elif "donated buffers" in str(error):
-            told = "its graph is compiled: give the uncompiled model"
+            told = f"its graph is compiled: {_GC_WAYS['CompiledFunction']}"
         else:
             raise
         raise ValueError(f"chunk {i}: {told}") from error
-    if all(g is None for g in grads):
+    grads_there = [g for g in grads if g is not None]
+    if not grads_there:
         seen = "touches none of params" if loss.requires_grad else "has no graph"
         raise ValueError(f"chunk {i}'s loss {seen}: no_grad, detached or of another model?")
-    if create_graph and i == 0:
-        _gc_check_second_derivative([g for g in grads if g is not None])
+    if any(g.layout != torch.strided for g in grads_there):
+        raise ValueError(f"chunk {i}: a gradient is sparse: make its layer with sparse=False")
+    if check:
+        _gc_check_second_derivative(grads_there)
     u = _gc_flat(grads, params)
     u = u.to(torch.promote_types(u.dtype, torch.float32))
     if similarity == "cos":
@@ -290,19 +322,43 @@ def _gc_vector(loss, params, similarity, i, create_graph=False):
     return u
 
 
+_GC_WAYS = {  # what has no second derivative, or a wrong one, in a node's name: the way out
+    "CompiledFunction": 'the uncompiled model, or torch.compiler.set_stance("force_eager")',
+    "attention": "sdpa_kernel(SDPBackend.MATH) around it",
+    "hardsigmoid": "F.relu6(x + 3) / 6",
+    "CdistBackwardBackward": "(a[:, None] - b).norm(dim=-1)",
+    "EmbeddingBagBackwardBackward": "F.embedding(...).mean(1)",
+    "WeightNormInterface": "remove_parametrizations, then v * (g / v.norm(...)) by yourself",
+    "scale_grad_by_freq": "scale_grad_by_freq=False",
+    "": "other operations",
+}
+
+
 def _gc_check_second_derivative(grads):
-    """Nodes that refuse one raise when reached, but autograd may pass them by."""
+    """Nodes that refuse one raise when reached, but autograd may pass them by; some are wrong."""
     nodes, seen = [g.grad_fn for g in grads if g.grad_fn], set()
     if len(nodes) < len(grads):
         told = "some parameters' gradients have no graph, and so no second derivative: is the loss "
         warnings.warn(told + "linear in them, or a fused kernel in the way?", stacklevel=4)
     while nodes:
         node = nodes.pop()
-        if node.name() == "torch::autograd::Error" or "CompiledFunction" in node.name():
-            told = f"the gradient has no second derivative ({node.name()} in its graph): give the "
-            raise ValueError(told + "uncompiled model, and no once_differentiable function")
+        if node in seen:
+            continue
         seen.add(node)
-        nodes.extend(n for n, _ in node.next_functions if n and n not in seen)
+        nodes.extend(n for n, _ in node.next_functions if n)
+        name, refused = node.name(), False
+        if name in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
+            refused = True
+            try:
+                node(*[torch.zeros(())] * len(node._input_metadata))
+            except RuntimeError as error:  # it names the operation
+                name = str(error)
+        elif getattr(node, "_saved_scale_grad_by_freq", False):
+            name = "Embedding with scale_grad_by_freq"
+        part = next(part for part in _GC_WAYS if part in name)
+        if part or refused:
+            told = f"no right second derivative ({name}): use {_GC_WAYS[part]}"
+            raise ValueError(f"a chunk's gradient has {told}")
 
 
 def _gc_flat(grads, params):
@@ -453,16 +509,16 @@ PRESETS = {  # sizes, and nothing of the method
     "cifar-cpu": "image_size=16 network=resnet8-wide batch_size=64 pretrain_steps=12000 chunks=2 "
     "transfer_steps=1000 dispose_steps=1000 chunk_size=16 fresh_steps=3000 attack_steps=200",
     "own": "source= target= downstream= oracle_per_class=0 network=resnet8 batch_size=64 "
-    "augment=none pretrain_steps=0 transfer_steps=0 transfer_lr=0.05 dispose_steps=0 "
-    "fresh_steps=0 attack_steps=0",
+    "augment=crop pretrain_steps=0 transfer_steps=0 transfer_lr=0.05 dispose_steps=0 "
+    "chunks=2 fresh_steps=0 attack_steps=0",
 }
 PRESETS = {k: dict(pair.split("=") for pair in v.split()) for k, v in PRESETS.items()}
 PASSES = {  # steps of 0: so many passes over the task's images, and at least so many steps
-    "pretrain_steps": ("source", 30, 1000),
-    "transfer_steps": ("target", 60, 300),
-    "dispose_steps": ("target", 60, 300),
-    "fresh_steps": ("target", 120, 600),
-    "attack_steps": ("source-subset", 20, 100),
+    "pretrain_steps": ("source", 15, 2000),
+    "transfer_steps": ("target", 30, 1000),
+    "dispose_steps": ("target", 30, 1500),
+    "fresh_steps": ("target", 30, 3000),
+    "attack_steps": ("source-subset", 5, 200),
 }
 
 
@@ -752,17 +808,21 @@ def batch(task, size, augment, generator):
 
 
 def augmented(images, how, generator):
-    """Each image cropped (an eighth of the side as padding) and flipped by itself, (B, 3, H, W)."""
+    """Each image (B, 3, H, W) shifted by up to an eighth of its side, the gap mirrored, and with
+    "flip" in `how` half of them flipped."""
     if how == "none":
         return images
     (b, _, height, width), device = images.shape, images.device
-    pad, index = max(1, height // 8), torch.arange(b, device=device)[:, None, None]
     draw = functools.partial(torch.randint, size=(b, 1), generator=generator, device=device)
-    top, left, flip = draw(2 * pad + 1), draw(2 * pad + 1), draw(2 if "flip" in how else 1)
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    columns = left + torch.where(flip == 1, width - 1 - columns, columns)  # (B, W)
-    padded = F.pad(images, [pad] * 4)
-    return padded[index, :, (top + rows)[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    places, reach = [], max(1, height // 8)
+    for side in (height, width):
+        at = draw(2 * reach + 1) - reach + torch.arange(side, device=device)  # (B, side)
+        places.append(side - 1 - (side - 1 - at.abs()).abs())
+    rows, columns = places
+    if "flip" in how:
+        columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+    index = torch.arange(b, device=device)[:, None, None]
+    return images[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def normalise(images):
@@ -807,20 +867,23 @@ class _NormaliseBackward(torch.autograd.Function):
     def backward(ctx, v, a, c):
         """From the gradients v, a, c by dx, dw, db those by dy, x and weight: sums of dy, x and v
         with one coefficient a channel. The reductions are those of the first derivative."""
-        dy, x, weight, mean, scale, dw, db = ctx.saved_tensors
-        first, n = _NormaliseBackward.first, x.numel() // x.shape[1]
-        by_dy, vx, v_sum = first(v, x, weight, mean, scale)  # vx: sum of v * normalised x
-        v_dy = first(v, dy, weight, db / n, torch.ones_like(scale), (False, True, False))[1]
-        k = v_dy - vx * dw / n
-        s, t = a - weight * scale * vx / n, -weight * scale * dw / n
-        of_x = -scale.square() * (s * dw + t * vx + weight * scale * k) / n
-        rows = [a * scale, c - a * scale * mean, of_x, scale * s, scale * t]
-        rows.append(-scale * (s * db + t * v_sum) / n - of_x * mean)
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        a_x, a_1, x_x, x_dy, x_v, x_1 = (row.to(x.dtype).view(shape) for row in rows)
-        by_dy = torch.addcmul(by_dy, x, a_x).add_(a_1)
-        by_x = torch.addcmul(x_1, x, x_x).addcmul_(dy, x_dy).addcmul_(v, x_v)
-        return by_dy, by_x, scale * k, None, None
+        dy, x, weight, mean, r, dw, db = ctx.saved_tensors  # r: 1 / standard deviation
+        first, n, shape = _NormaliseBackward.first, x.numel() // x.shape[1], [1] * x.dim()
+        shape[1] = -1
+        by_dy, v_x, v_sum = first(v, x, weight, mean, r)
+        # Means over a channel of dy * normalised x, dy, v * normalised x, and v.
+        q, d, p, m = torch.stack([dw, db, v_x, v_sum]) / n
+        v_dy = first(v, dy, weight, d, r, (False, True, False))[1]  # r * sum of v * (dy - d)
+        wr, ar, rpq = weight * r, a * r, r * p * q
+        kr = v_dy / n - rpq
+        rs, rt = r * torch.addcmul(a, wr, p, value=-1), wr * r * q
+        h = r * torch.addcmul(ar * q, wr, kr.sub(rpq, alpha=2))
+        one = torch.addcmul(h * mean, rs, d, value=-1).addcmul_(rt, m)
+        rows = (ar, torch.addcmul(c, ar, mean, value=-1), h, rs, rt, one)
+        ar, c, h, rs, rt, one = (row.to(x.dtype).view(shape) for row in rows)
+        by_dy = torch.addcmul(by_dy, x, ar).add_(c)
+        by_x = torch.addcmul(one, x, h, value=-1).addcmul_(dy, rs).addcmul_(v, rt, value=-1)
+        return by_dy, by_x, n * kr, None, None
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -1074,7 +1137,7 @@ def dispose(pretrained, transferred, source, target, method, config, seed):
         with running_statistics_kept(student):
             losses = chunk_losses(student.backbone, head, *source_batch(generator), c.chunks)
             params = list(student.backbone.parameters())
-            stats = gradient_stats([_gc_vector(loss, params, "dot", 0) for loss in losses])
+            stats = gradient_stats([_gc_vector(0, loss, params, "dot") for loss in losses])
         return {name: value for name, value in stats.items() if name != "gram"}
 
     train(student, step_loss, schedule, seed, not c.no_graphs, inspect)

@@ -11,21 +11,23 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
+try:
+    import matplotlib
+except ImportError:
+    sys.exit("no picture: it takes matplotlib (pip install matplotlib)")
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
 
-TASKS = ("source-subset", "downstream")
 LEVELS = {"transferred": ("no disposal", "-"), "oracle": ("never saw the source", "--")}
 PLACES = [(7, 0), (-7, 0), (0, 7), (0, -7), (6, 8), (-6, 8), (6, -8), (-6, -8), (9, 18), (9, -18)]
 
 
 def read(path):
     """{task: {model: (mean target accuracy, mean PL accuracy of its strongest attacker)}}, in %."""
-    by_seed, values, points = {}, {}, {task: {} for task in TASKS}
+    by_seed, values, points = {}, {}, {}
     for line in path.read_text().splitlines():
         r = json.loads(line)
         if r["metric"] != "source_accuracy":
@@ -35,8 +37,8 @@ def read(path):
     for model, task, attacker in sorted(values, key=lambda key: np.mean(values[key])):
         if task and model != "scratch":  # the strongest attacker comes last
             of_model = values[model, None, None], values[model, task, attacker]
-            points[task][model] = tuple(map(np.mean, of_model))
-    return points
+            points.setdefault(task, {})[model] = tuple(map(np.mean, of_model))
+    return dict(sorted(points.items(), reverse=True))  # source-subset, downstream
 
 
 def write_names(panel, points, taken):
@@ -85,9 +87,11 @@ def draw(panel, points, default):
 def main(out, png=None):
     out, settings, png = Path(out), Path(out, "config.json"), png or Path(out, "picture.png")
     default = json.loads(settings.read_text())["settings"]["allowance"] if settings.exists() else 1
-    chart, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), dpi=120)
-    chart.subplots_adjust(0.06, 0.11, 0.99, 0.93, wspace=0.14)
-    for panel, (task, points) in zip(panels, read(out / "results.jsonl").items()):
+    tasks = read(out / "results.jsonl")
+    size = dict(figsize=(5 * len(tasks), 4.2), dpi=120, squeeze=False)
+    chart, panels = pyplot.subplots(1, len(tasks), **size)
+    chart.subplots_adjust(0.12 / len(tasks), 0.11, 0.99, 0.93, wspace=0.14)
+    for panel, (task, points) in zip(panels[0], tasks.items()):
         draw(panel, points, default)
         panel.set_title(f"{task}: PL accuracy of the strongest attacker, %", fontsize=9, loc="left")
         panel.set_xlabel("target accuracy, %", fontsize=9)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-TASKS, REFERENCES = ("source-subset", "downstream"), ("scratch", "oracle", "transferred")
+REFERENCES = ("scratch", "oracle", "transferred")
 
 
 def t_quantile(degrees):
@@ -45,31 +45,31 @@ def markdown(rows):
 
 
 def main(out):
-    found, seeds, models, attackers = {}, {}, {}, {}  # dicts as ordered sets
+    found, seeds, models, tasks, attackers = {}, {}, {}, {}, {}  # dicts as ordered sets
     for line in Path(out, "results.jsonl").read_text().splitlines():
         r = json.loads(line)
         if r["metric"] != "source_accuracy":
             found[r["seed"], r["model"], r["task"], r["attacker"]] = 100 * r["value"]
             seeds[r["seed"]] = models[r["model"]] = True
         if r["attacker"]:
-            attackers[r["attacker"]] = True
-    wanted = [(None, None), *((task, a) for task in TASKS for a in attackers)]
+            tasks[r["task"]] = attackers[r["attacker"]] = True
+    wanted = [(None, None), *((task, a) for task in tasks for a in attackers)]
     whole = [m for m in models if all((s, m, *w) in found for s in seeds for w in wanted)]
     rows, strongest = [["model", "target %"]], {}
     shown = [*attackers, "strongest"] if len(attackers) > 1 else [*attackers]
-    rows[0] += [f"{task}, {a} %" for task in TASKS for a in shown]
+    rows[0] += [f"{task}, {a} %" for task in tasks for a in shown]
     for m in whole:
         by_seed = {w: np.array([found[(s, m, *w)] for s in seeds]) for w in wanted}
         strongest[m] = [by_seed[None, None]]
-        for task in TASKS:
+        for task in tasks:
             best = max((by_seed[task, a] for a in attackers), key=np.mean)
             strongest[m].append(by_seed.setdefault((task, "strongest"), best))
-        columns = [(None, None), *((task, a) for task in TASKS for a in shown)]
+        columns = [(None, None), *((task, a) for task in tasks for a in shown)]
         rows.append([m, *(cell(by_seed[column]) for column in columns)])
     print(markdown(rows))
     if left := [m for m in models if m not in whole]:
         print(f"\nnot measured for every seed and attacker, and left out: {', '.join(left)}")
-    rows = [["difference, points", "target", *(f"{task}, strongest" for task in TASKS)]]
+    rows = [["difference, points", "target", *(f"{task}, strongest" for task in tasks)]]
     for a, b in combinations([m for m in whole if m not in REFERENCES], 2):
         differences = [of_a - of_b for of_a, of_b in zip(strongest[a], strongest[b])]
         rows.append([f"{a} - {b}", *(cell(values, "+.1f") for values in differences)])

@@ -75,9 +75,9 @@ def test_recount_and_picture(script, tmp_path):
     results = {key: rng.integers(800) / 800 for key in keys}
     lines = [json.dumps(dict(zip(dtl.RESULT, key), value=v)) for key, v in results.items()]
     (tmp_path / "results.jsonl").write_text("\n".join(lines))
-    numbers = dtl.collect(results, seeds, models, ["fixed", "long"])
+    numbers = dtl.collect(results, seeds, models, dtl.PIGGYBACK_TASKS, ["fixed", "long"])
     printed = script("recount.py", tmp_path).splitlines()
-    assert printed[: len(models) + 2] == dtl.table(numbers, models, ["fixed", "long"])
+    assert printed[: len(models) + 2] == dtl.table(numbers)
     change = np.subtract(numbers["gc", "target"], numbers["gc-fresh@0.5", "target"])
     half = 3.182 * change.std(ddof=1) / 2
     assert f"| gc - gc-fresh@0.5  | {change.mean():+.1f} ± {half:.1f} " in printed[-1]
