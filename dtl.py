@@ -586,7 +586,7 @@ def gather(images, index, size):
     if size > min(height, width):
         raise DTLError(f"images {(height, width)} are smaller than --image-size {size}")
     result = torch.empty(len(index), 3, size or height, size or width, dtype=torch.uint8)
-    for place, i in zip(result.split(1000), np.split(index, range(1000, len(index), 1000))):
+    for place, i in zip(result.split(100), np.split(index, range(100, len(index), 100))):
         part = torch.from_numpy(images[i])
         if size:
             part = F.interpolate(part.float(), size=(size, size), mode="area").round()
@@ -618,7 +618,7 @@ FAULTS = (  # of images x or labels y by shape and dtype: what to write instead,
     ("y", "np.unique(y, return_inverse=True)[1]", lambda y: y.dtype.kind in "OSU"),
     ("y", "y.argmax(1)", lambda y: y.ndim == 2 and y.shape[1] > 1),
     ("y", "y.astype(np.int64)", lambda y: y.dtype.kind not in "iu"),
-    ("y", "labels (N,)", lambda y: y.shape[1:] not in ((), (1,)) or not y.size),
+    ("y", "labels (N,)", lambda y: y.ndim not in (1, 2) or not y.size),
 )
 VALUE_FAULTS = (
     ("x", "255 * x", lambda x: x.max() < 2),
@@ -639,6 +639,7 @@ def refuse_faults(path, faults, arrays):
 
 def header(file):
     """An array of the shape and dtype that a .npy file announces, which takes no memory."""
+    file = io.BytesIO(file.read(1 << 14))
     if np.lib.format.read_magic(file) == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     else:
@@ -890,8 +891,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d with a second derivative at a third of the memory traffic, in training."""
 
     def forward(self, x):
-        usual = self.weight is None or self.momentum is None or x.numel() == x.shape[1]
-        if usual or not self.training:
+        ours = self.training and self.weight is not None and self.momentum is not None
+        ours = ours and x.dim() == 4 and x.shape[1] == self.num_features < x.numel()
+        if not ours:
             return super().forward(x)
         running = (None, None)
         if self.track_running_stats:
@@ -1407,13 +1409,14 @@ class Run:
         self.given, self.results = config, read_results(out)
         names = dict(source=c.source, target=c.target, oracle=c.oracle, downstream=c.downstream)
         where = (seed, data_dir, device, c.split, c.image_size)
-        self.tasks = {task: load_task(name, *where) for task, name in names.items() if name}
+        self.tasks = {
+            task: load_task(name, *where)
+            for task, name in names.items()
+            if name or task != "downstream"
+        }
         there = int(torch.bincount(self.tasks["source"].y).min())
         subset = re.sub(r"(@\d+)?$", f"@{min(there, c.subset_per_class)}", c.source, count=1)
         self.tasks["source-subset"] = load_task(subset, *where)
-        if there < c.subset_per_class:
-            told = f"the attacker has {there} source images a class, all that there are"
-            click.echo(f"{told}, not --subset-per-class {c.subset_per_class}", err=True)
         by_size = {}
         for name, (task, passes, least) in PASSES.items():
             if getattr(c, name) == 0:
@@ -1600,6 +1603,7 @@ def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings
     there = [str(path.relative_to(out)) for path in sorted(out.glob("seed*/*.pt"))]
     click.echo("\n".join([*about, f"{out}: {', '.join(there) or 'nothing is there yet'}"]))
     runs = [Run(out, config, seed, data_dir, device) for seed in seeds]
+    load_set.cache_clear()
     warn_of(runs[0].tasks, config)
     tasks = [task for task in PIGGYBACK_TASKS if task in runs[0].tasks]
     if stage not in ("all", "piggyback"):
@@ -1623,6 +1627,10 @@ def warn_of(tasks, config):
     for one, other in itertools.combinations(seen, 2):
         if shared := len(seen[one] & seen[other]):
             click.echo(f"warning: {one} and {other} have {shared} images in common", err=True)
+    per_class = len(tasks["source-subset"].y) // tasks["source"].classes
+    if per_class < config.subset_per_class:
+        told = f"the attacker has {per_class} source images a class, all that there are"
+        click.echo(f"{told}, not --subset-per-class {config.subset_per_class}", err=True)
     side = max(tasks["source"].x.shape[2:])
     if side > 64 and not config.image_size:
         click.echo(f"images of {side} pixels take long: --image-size 64 shrinks them", err=True)

@@ -142,7 +142,9 @@ def npz(tmp_path):
         )
         arrays = dict(x_train=images[:30], y_train=y, x_test=images[30:], y_test=y_test) | changes
         path = tmp_path / name
-        np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:  # whatever its name ends in
+            np.savez(file, **{k: v for k, v in arrays.items() if v is not None})
         return path
 
     dtl.load_set.cache_clear()

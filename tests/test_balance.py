@@ -257,29 +257,6 @@ def test_a_fused_optimiser_steps_rightly_after_channels_last_gradients(channels_
     assert torch.allclose(*weights, rtol=1e-5)
 
 
-def convolution(inputs, outputs, size=3, stride=1):
-    layer = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(outputs))
-
-
-class Residual(nn.Module):
-    def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        first = convolution(inputs, outputs, 3, stride)
-        self.body = nn.Sequential(first, nn.ReLU(), convolution(outputs, outputs))
-        self.shortcut = convolution(inputs, outputs, 1, stride) if stride > 1 else nn.Identity()
-
-    def forward(self, x):
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-def residual_network():
-    """torchvision's resnet18 in small."""
-    stem = convolution(3, 8, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-    blocks = Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 32, 2), Residual(32, 64, 2)
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
 def network_with_layer_norm():
     tokens = nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU()
     return nn.Sequential(*tokens, nn.Flatten(), nn.Linear(512, 64), nn.LayerNorm(64), nn.GELU())
@@ -317,9 +294,10 @@ def forget_in_training(backbone, balance, steps, lr, distil=False):
 @pytest.mark.parametrize("allowance, strength", [(None, 1.0), (None, 2.0), (1.0, 1.0)])
 def test_a_residual_network_learns_and_forgets(allowance, strength):
     balance = dtl.Balance(allowance, strength=strength)
-    retained, before, after, change = forget_in_training(residual_network(), balance, 20, 0.01)
+    network = dtl.new_backbone("resnet8", 0, "cpu")
+    retained, before, after, change = forget_in_training(network, balance, 30, 0.03)
     assert retained[-1] < 0.1 * retained[0] and max(retained) < 1.2 * retained[0]
-    assert before > 0 and after < 0.6 * before and change < 0.5
+    assert before > 0 and after < 0.7 * before and change < 0.5
 
 
 def test_forgetting_starts_from_a_retain_loss_of_zero():

@@ -79,7 +79,6 @@ def test_the_docstring_example_trains(copied):
     target_head, x = nn.Linear(8, 3), torch.randn(32, 6)
     parameters = [*backbone.parameters(), *target_head.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.1)
-    before = [p.detach().clone() for p in parameters]
     names = dict(copied, nn=nn, F=F, backbone=backbone, target_head=target_head)
     names |= dict(features=8, classes=4, device="cpu", balance=copied["Balance"](1.0))
     retained, forgotten = [], []
@@ -93,6 +92,5 @@ def test_the_docstring_example_trains(copied):
         optimizer.step()
         retained.append(names["retain_loss"].item())
         forgotten.append(names["forget"].item())
-    assert not any(map(torch.equal, before, parameters))
     assert sum(retained[-10:]) < 0.7 * sum(retained[:10])
     assert sum(forgotten[-10:]) < 0.5 * sum(forgotten[:10])

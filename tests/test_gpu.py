@@ -116,24 +116,6 @@ def test_a_graph_computes_what_the_step_does(new_run, monkeypatch, method):
     assert gc.distance(found[1], found[0]) < 0.03 * gc.distance(found[0], [*start.parameters()])
 
 
-def test_a_stage_goes_on_from_its_step(new_run, monkeypatch):
-    """On optimiser state that was loaded onto the GPU."""
-    monkeypatch.setattr(dtl, "SAVE_EVERY", 0)
-    monkeypatch.setattr(dtl, "LOOK_EVERY", 2)
-    seen = []
-
-    def interrupted(step):
-        seen.append(step)
-        if seen == [0, 1, 2, 3, 4]:
-            raise KeyboardInterrupt
-
-    at_each_step(interrupted, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        new_run().model("pretrained")
-    model = new_run().model("pretrained")
-    assert seen == [0, 1, 2, 3, 4, 4, 5] and all(p.isfinite().all() for p in model.parameters())
-
-
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 def test_all_runs_and_goes_on(arguments, dtl_command, trained, tmp_path, precision):
     command = arguments("all", tmp_path, methods=dtl.METHODS, gpu=0, precision=precision)

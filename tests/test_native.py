@@ -3,12 +3,9 @@
 import ctypes
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -325,55 +322,9 @@ def test_eight_python_threads_at_once():
             assert all(map(torch.equal, alone, together))
 
 
-@needs_native
-def test_other_python_threads_run_during_a_call():
-    rows, ticks, done = list(torch.ones(32, 1_000_000)), [], threading.Event()
-
-    def tick():
-        while not done.is_set():
-            ticks.append(time.monotonic())
-            time.sleep(0.001)
-
-    ticker = threading.Thread(target=tick)
-    ticker.start()
-    began = time.monotonic()
-    gram_by(NAIVE, rows, 1)
-    ended = time.monotonic()
-    done.set()
-    ticker.join()
-    within = [t for t in ticks if began < t < ended]  # with the GIL held: none, or one at an end
-    assert ended - began > 0.1 and len(within) >= 10, (ended - began, len(within))
-
-
 def python(*arguments, cwd=ROOT, **environment):
     how = dict(cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
     return subprocess.run([sys.executable, *arguments], **how)
-
-
-@needs_native
-def test_loading_and_calling_leave_the_floating_point_mode_alone():
-    program = """
-import ctypes, ctypes.util, sys
-import torch
-libm = ctypes.CDLL(ctypes.util.find_library("m"))
-def mode():  # of this thread: rounding, denormals, traps, but no flags (x86-64: MXCSR)
-    state = ctypes.create_string_buffer(256)
-    libm.fegetenv(state)
-    control = int.from_bytes(state.raw[28:32], "little") & 0xFFC0 if sys.argv[1] == "x86_64" else 0
-    return control, sys.float_info.min / 4 * 2, (torch.full((99,), 1e-40) / 2).sum().item()
-before = mode()
-import _gc_native_ext as native
-loaded = mode()
-rows = torch.full((4, 200_000), 1e-310, dtype=torch.float64)
-pointers, gram = torch.tensor([row.data_ptr() for row in rows]), torch.zeros(16).double()
-cast = native.ffi.cast
-rows_c, gram_c = cast("void **", pointers.data_ptr()), cast("double *", gram.data_ptr())
-assert native.lib.gc_gram_f64(rows_c, 4, 200_000, 2, 0, gram_c) == 0
-assert before == loaded == mode() and before[1] > 0 and before[2] > 0, (before, loaded, mode())
-"""
-    folder = str(Path(MODULE.__file__).parent)
-    run = python("-c", program, platform.machine(), PYTHONPATH=folder)
-    assert run.returncode == 0, run.stderr
 
 
 # ---- Without it, and building it ----

@@ -3,6 +3,7 @@ that a run wrote."""
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +28,16 @@ TINY = (TINY + "--image-size 8 --chunks 2 --chunk-size 2 --batch-size 16").split
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the README's reader works: its own data are there, made by its own lines."""
-    folder = tmp_path_factory.mktemp("reader")
-    text = next(text for text in PYTHON if "savez" in text).replace(
-        'f"{name}', f'f"{folder}/{{name}}'
-    )
-    exec(compile(text, "README.md", "exec"), {})
+    image = pytest.importorskip("PIL.Image")  # it comes with matplotlib
+    folder, rng = tmp_path_factory.mktemp("reader"), np.random.default_rng(0)
+    for label in "abcd":
+        (folder / "pictures" / label).mkdir(parents=True)
+        for k in range(30):
+            pixels = rng.integers(0, 255, (20, 24, 3), np.uint8)
+            image.fromarray(pixels).save(folder / "pictures" / label / f"{k}.png")
+    run_alone(next(text for text in PYTHON if "savez" in text), folder)
+    for name in ("target", "downstream"):
+        shutil.copy(folder / "source.npz", folder / f"{name}.npz")
     return folder
 
 

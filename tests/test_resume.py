@@ -120,8 +120,6 @@ def test_other_settings_are_refused_by_name(changed, copied, finished, run):
 
 def test_other_images_of_the_same_name_are_refused(npz, arguments, dtl_command, tmp_path):
     """Also where two files of one name lie in two folders."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     own = dict(source=npz("a/own.npz"), target=npz("b/own.npz"), downstream=npz("b/own.npz"))
     command = arguments("pretrain", tmp_path / "out", **own)
     assert dtl_command(*command).code == 0
@@ -154,17 +152,15 @@ def test_a_mistyped_run_leaves_nothing_that_blocks(tmp_path, monkeypatch, run):
 
 # ---- Files that are gone or damaged ----
 
-TOLD_OF = dict(pretrained=["transferred", *TINY_METHODS], transferred=TINY_METHODS, gc=[])
 
-
-@pytest.mark.parametrize("gone", TOLD_OF)
+@pytest.mark.parametrize("gone", ["pretrained", "transferred", "gc"])
 def test_a_missing_model_is_made_anew(gone, copied, finished, records, trained, run):
-    """With its results; and what was made from it is told of, and stays."""
+    """With its results; what was made from it stays."""
     before = models(copied)
     (copied / f"seed0/{gone}.pt").unlink()
     result = run("all", copied, attackers="fixed,long")
-    told = re.findall(r"^warning: \S+/(\S+).pt was made from (\S+).pt,", result.output, re.M)
-    assert result.code == 0 and sorted(told) == sorted((name, gone) for name in TOLD_OF[gone])
+    assert result.code == 0 and result.output.count("warning:") == 1
+    assert f"warning: {copied / 'results.jsonl'}: dropped lines" in result.output
     made = trained(copied)[len(trained(finished.out)) :]
     assert made[0] == f"seed 0 {gone}" and len(made) == (1 if gone == "pretrained" else 5)
     assert records(copied) == records(finished.out) and tables(copied) == tables(finished.out)
@@ -259,76 +255,7 @@ def test_damaged_lines_are_told_and_made_anew(damage, copied, finished, records,
     assert made == ([] if damage == "not at all" else again)
 
 
-# ---- Within a stage, and in the midst of a write ----
-
-
-Stopped = type("Stopped", (Exception,), {})
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """stop_at(step): the next stage stops there; saved and looked at after each step. Or never."""
-    monkeypatch.setattr(dtl, "SAVE_EVERY", 0)
-    monkeypatch.setattr(dtl, "LOOK_EVERY", 1)
-    info = dtl.LOG.info
-
-    def stop(step):
-        def watched(row):
-            info(row)
-            if step is not None and row.get("step") == step:
-                raise Stopped
-
-        monkeypatch.setattr(dtl.LOG, "info", watched)
-
-    return stop
-
-
-@pytest.mark.parametrize("name", ["pretrained", "transferred", "uniform", "gc-fresh"])
-def test_a_stopped_stage_goes_on_exactly(name, stop_at, finished, new_run, caplog):
-    """From the last save before."""
-    (folder := new_run().out / "seed0").mkdir(parents=True)
-    earlier = [] if name == "pretrained" else ["pretrained", "transferred"]
-    earlier = earlier[:1] if name == "transferred" else earlier
-    for model in earlier:
-        shutil.copy(finished.out / f"seed0/{model}.pt", folder)
-    stop_at(3)
-    with pytest.raises(Stopped):
-        new_run(transfer_lr=0.05).model(name)
-    part = folder / f"{name}.part.pt"
-    assert {path.name for path in folder.iterdir()} == {part.name, *(f"{m}.pt" for m in earlier)}
-    stop_at(None)
-    caplog.clear()
-    new_run(transfer_lr=0.05).model(name)
-    steps = [r.msg["step"] for r in caplog.records if "step" in r.msg]
-    assert steps[:2] == [2, 3] and not part.exists()
-    expected = dtl.load(finished.out / f"seed0/{name}.pt")
-    assert same(dtl.load(folder / f"{name}.pt"), expected)
-
-
-def test_a_part_of_a_stage_is_never_mixed_up(stop_at, finished, tmp_path, run):
-    """With other settings it is no beginning; where it is damaged, that is told."""
-    stop_at(3)
-    with pytest.raises(Stopped):
-        run("pretrain", tmp_path)
-    part = tmp_path / "seed0/pretrained.part.pt"
-    whole = part.read_bytes()
-    stop_at(None)
-    for other in (dict(pretrain_lr=0.2), dict(network="resnet8-wide")):
-        result = run("pretrain", tmp_path, **other)
-        assert result.code == 1 and "was made with" in result.output, result.output
-    part.write_bytes(whole[:-5])
-    result = run("pretrain", tmp_path)
-    assert result.code == 0 and f"warning: {part} is damaged" in result.output
-    assert result.output.count("warning:") == 1
-    assert same(weights(tmp_path).popitem()[1], weights(finished.out)["seed0/pretrained.pt"])
-
-
-def test_a_stage_saves_after_a_while_not_at_every_look(new_run, monkeypatch):
-    monkeypatch.setattr(dtl, "LOOK_EVERY", 1)
-    saved, save = [], dtl.save
-    monkeypatch.setattr(dtl, "save", lambda path, *a: (saved.append(path.name), save(path, *a)))
-    new_run().model("scratch")
-    assert saved == ["scratch.pt"]  # in less than half a minute
+# ---- In the midst of a write ----
 
 
 @pytest.mark.parametrize("owner", [os, Path])
@@ -352,9 +279,9 @@ def test_a_failed_write_leaves_the_old_content(owner, tmp_path, monkeypatch):
 
 
 def work(command):
-    """A run in a process of its own, saving at every step; its exit code tells the outcome."""
+    """A run in a process of its own; its exit code tells the outcome."""
     torch.set_num_threads(1)
-    dtl.SAVE_EVERY, dtl.LOOK_EVERY = 0, 1
+    dtl.LOOK_EVERY = 1  # more of what a kill may interrupt
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         dtl.main(command)
@@ -390,11 +317,12 @@ def test_twenty_kills(arguments, records, tmp_path, monkeypatch, root):
     kills, runs, moments = 0, 0, random.Random(0)
     while kills < 20 or runs == 0:
         out = tmp_path / f"killed-{runs}"
-        process = start(out)
+        kept, process = models(out), start(out)
         process.join(moments.uniform(0, 0.4) * seconds if kills < 20 else None)
         if process.exitcode is None:
             process.kill()
             process.join()
+            assert kept.items() <= models(out).items()  # what was made once stays
             kills += 1
         else:
             assert process.exitcode == 0 and records(out) == whole
