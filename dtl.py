@@ -108,14 +108,11 @@ def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot"):
     generators or a forward that changes state, it is a ValueError on the CPU, and elsewhere NaN,
     value and gradient. One plain step more than the other form; no CUDA graph can capture it.
 
-    What neither form works with, and the way out:
-      scaled_dot_product_attention  sdpa_kernel(SDPBackend.MATH) around it
-      torch.compile                 the uncompiled model, or set_stance("force_eager")
+    Both forms refuse operations without a right second derivative, and name a way out. Besides:
       reentrant checkpointing       checkpoint(..., use_reentrant=False)
       LSTM and GRU on CUDA          torch.backends.cudnn.flags(enabled=False) around it
       FSDP, DDP                     unsharded parameters, ddp.module.parameters()
       BatchNorm                     running_statistics_kept(model); two images a chunk (drop_last)
-      weight_norm                   v * (g / v.norm(...)) by yourself: PyTorch's own is wrong
       Tensor.register_hook          acts on every u_i: a hook that clamps belongs elsewhere
     """
     chunk_losses, params = _gc_arguments(chunk_losses, params, similarity, streamed=True)
@@ -135,12 +132,11 @@ def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot"):
             loss = chunk_loss()
             u = _gc_vector(i, loss, params, similarity, create_graph=True)
             near = {torch.bfloat16: 2e-2, torch.float64: 1e-9}.get(loss.dtype, 1e-3)
-            near = dict(rtol=near, atol=near / 1000, equal_nan=True)
-            same = torch.isclose(loss.detach(), first[i], **near)
+            same = torch.isclose(loss.detach(), first[i], near, near / 1000, equal_nan=True)
             if same.device.type == "cpu" and not same:
-                seen = f"{first[i]:.6g}, and when called again {loss:.6g}"
-                told = "its forward changes state, or draws from another generator than torch's"
-                raise ValueError(f"chunk {i}'s loss is {seen}: {told}")
+                seen = f"{first[i]:.6g}, and when called again {loss:.6g}: its forward"
+                why = "changes state, or draws from another generator than torch's"
+                raise ValueError(f"chunk {i}'s loss is {seen} {why}")
             value = torch.where(same.to(value.device), value, math.nan)
             if u.requires_grad:  # it does not where the loss is linear in params
                 pull = ((total - u.detach()) * scale).to(u.dtype)
@@ -192,13 +188,12 @@ class Balance(torch.nn.Module):
         with torch.enable_grad():
             retain = torch.autograd.grad(retain_loss, params, retain_graph=True, allow_unused=True)
             forget = torch.autograd.grad(forget_loss, params, allow_unused=True)
-        rows = list(zip(params, retain, forget))
-        # transposed: the parameters, retain gradients and forget gradients that both losses reach
-        shared = zip(*(row for row in rows if not (row[1] is None or row[2] is None)))
-        norms = [_gc_norm(torch.cat([v.flatten() for v in column])) for column in shared]
-        if not norms:
+        rows = zip(params, retain, forget)
+        shared = [row for row in rows if row[1] is not None and row[2] is not None]
+        if not shared:
             raise ValueError("no parameter is reached by both losses: is one of another model?")
-        theta_norm, a_norm, b_norm = norms
+        columns = (torch.cat([v.flatten() for v in column]) for column in zip(*shared))
+        theta_norm, a_norm, b_norm = map(_gc_norm, columns)
         self.to(b_norm.device, torch.float32)
         finite = torch.isfinite(measured + forget_loss + retain_loss + a_norm + b_norm)
 
@@ -216,13 +211,12 @@ class Balance(torch.nn.Module):
             a_norm = torch.maximum(a_norm, start)
         scale = self.strength * a_norm / torch.maximum(b_norm, self.forget_norm)
         scale = torch.where(finite, torch.where(b_norm == 0, 0.0, scale), math.nan)
-        for p, of_retain, of_forget in rows:
-            if p.grad is None and (of_retain is not None or of_forget is not None):
-                p.grad = torch.zeros_like(p)  # in p's strides, on which a fused optimiser relies
-            if of_retain is not None:
-                p.grad += of_retain
-            if of_forget is not None:
-                p.grad += of_forget * scale.to(of_forget.dtype)
+        for gradients, factor in ((retain, 1.0), (forget, scale)):
+            for p, g in zip(params, gradients):
+                if g is not None:
+                    if p.grad is None:  # in p's strides, on which a fused optimiser relies
+                        p.grad = torch.zeros_like(p)
+                    p.grad += g * factor
 
 
 @contextlib.contextmanager
@@ -306,14 +300,14 @@ def _gc_vector(i, loss, params, similarity, create_graph=False, check=False):
         else:
             raise
         raise ValueError(f"chunk {i}: {told}") from error
-    grads_there = [g for g in grads if g is not None]
-    if not grads_there:
+    found = [g for g in grads if g is not None]
+    if not found:
         seen = "touches none of params" if loss.requires_grad else "has no graph"
         raise ValueError(f"chunk {i}'s loss {seen}: no_grad, detached or of another model?")
-    if any(g.layout != torch.strided for g in grads_there):
+    if any(g.layout != torch.strided for g in found):
         raise ValueError(f"chunk {i}: a gradient is sparse: make its layer with sparse=False")
     if check:
-        _gc_check_second_derivative(grads_there)
+        _gc_check_second_derivative(found)
     u = _gc_flat(grads, params)
     u = u.to(torch.promote_types(u.dtype, torch.float32))
     if similarity == "cos":
@@ -330,7 +324,6 @@ _GC_WAYS = {  # what has no second derivative, or a wrong one, in a node's name:
     "EmbeddingBagBackwardBackward": "F.embedding(...).mean(1)",
     "WeightNormInterface": "remove_parametrizations, then v * (g / v.norm(...)) by yourself",
     "scale_grad_by_freq": "scale_grad_by_freq=False",
-    "": "other operations",
 }
 
 
@@ -346,18 +339,18 @@ def _gc_check_second_derivative(grads):
             continue
         seen.add(node)
         nodes.extend(n for n, _ in node.next_functions if n)
-        name, refused = node.name(), False
-        if name in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
-            refused = True
+        name = node.name()
+        refused = name in ("torch::autograd::Error", "torch::autograd::NotImplemented")
+        if refused:
             try:
                 node(*[torch.zeros(())] * len(node._input_metadata))
             except RuntimeError as error:  # it names the operation
                 name = str(error)
         elif getattr(node, "_saved_scale_grad_by_freq", False):
             name = "Embedding with scale_grad_by_freq"
-        part = next(part for part in _GC_WAYS if part in name)
-        if part or refused:
-            told = f"no right second derivative ({name}): use {_GC_WAYS[part]}"
+        way = next((_GC_WAYS[part] for part in _GC_WAYS if part in name), None)
+        if way or refused:
+            told = f"no right second derivative ({name}): use {way or 'other operations'}"
             raise ValueError(f"a chunk's gradient has {told}")
 
 
@@ -392,10 +385,9 @@ def native_routine():
 
 
 def gradient_stats(gradients, backend="auto"):
-    """What n gradients, vectors (p,) float32 or float64 on one device, have in common: `gram`
-    (n, n) float64, and the floats `gc_dot`, `gc_cos`, the GC loss by similarity (0 if n is 1), and
-    `squared_norm`, the mean of |g_i|^2. backend: "native" (the C routine; on the CPU, n <= 1024),
-    "torch" or "auto". ValueError for all else."""
+    """Of n gradients, vectors (p,) float32 or float64 on one device: `gram` (n, n) float64, and the
+    floats `gc_dot`, `gc_cos`, the GC loss (0 if n is 1), and `squared_norm`, the mean of |g_i|^2.
+    backend: "native" (the C routine; on the CPU, n <= 1024), "torch" or "auto". Else ValueError."""
     rows, n = [g.detach().resolve_neg().contiguous() for g in gradients], len(gradients)
     module, why = native_routine()
     kinds = {(*g.shape, g.dtype, g.device) for g in rows}
@@ -406,11 +398,11 @@ def gradient_stats(gradients, backend="auto"):
         raise ValueError(f"no backend {backend!r} for {n} of {kinds}: the C routine is {why}")
     gram = torch.zeros(n, n, dtype=torch.float64, device=rows[0].device)
     if native and backend != "torch":
-        cast, single = module.ffi.cast, rows[0].dtype == torch.float32
-        at = module.ffi.new("uintptr_t[]", [g.data_ptr() for g in rows])
-        of, into = cast("const void *const *", at), cast("double *", gram.data_ptr())
-        gram_of = module.lib.gc_gram_f32 if single else module.lib.gc_gram_f64
-        if code := gram_of(of, n, len(rows[0]), torch.get_num_threads(), 0, into):
+        ffi, lib = module.ffi, module.lib
+        routine = lib.gc_gram_f32 if rows[0].dtype == torch.float32 else lib.gc_gram_f64
+        at = ffi.new("uintptr_t[]", [g.data_ptr() for g in rows])
+        pointers, into = ffi.cast("const void *const *", at), ffi.cast("double *", gram.data_ptr())
+        if code := routine(pointers, n, len(rows[0]), torch.get_num_threads(), 0, into):
             raise RuntimeError(f"_gc_native.c: error {code} for {n} rows of {len(rows[0])}")
     else:
         vectors = torch.stack(rows).double()  # (n, p)
@@ -431,6 +423,10 @@ class DTLError(click.ClickException):
 
     def __init__(self, message):
         super().__init__(" ".join(message.split())[:600])
+
+
+def warn(text):
+    click.echo(f"warning: {text}", err=True)
 
 
 def setting(default, kind, doc):
@@ -464,7 +460,7 @@ class Config:
     transfer_lr: float = setting(0.02, float, "stage 2, peak learning rate")
     # OUR READING: the abstract gives neither similarity, chunks, head nor how losses are balanced.
     dispose_steps: int = setting(1500, 0, "stage 3")
-    dispose_lr: float = setting(0.02, float, "stage 3, peak learning rate")
+    dispose_lr: float = setting(0.2, float, "stage 3, peak learning rate")
     allowance: float = setting(1.0, float, "how large the retain loss, T^2 KL, may become")
     similarity: str = setting("dot", ["dot", "cos"], "of gradients, in GC")
     chunks: int = setting(4, 2, "of a source batch, whose gradients collide")
@@ -503,11 +499,9 @@ def config_options():
 PRESETS = {  # sizes, and nothing of the method
     "demo": "source=shapes[0:16]@250 target=shapes[16:24]@30 downstream=shapes[24:32]@30 "
     "subset_per_class=30 oracle_per_class=240 network=resnet8 batch_size=64 pretrain_steps=600 "
-    "transfer_steps=200 transfer_lr=0.05 dispose_steps=120 chunks=2 chunk_size=16 fresh_steps=400 "
+    "transfer_steps=200 transfer_lr=0.05 dispose_steps=200 chunks=2 chunk_size=16 fresh_steps=400 "
     "attack_steps=60",
     "cifar": "",
-    "cifar-cpu": "image_size=16 network=resnet8-wide batch_size=64 pretrain_steps=12000 chunks=2 "
-    "transfer_steps=1000 dispose_steps=1000 chunk_size=16 fresh_steps=3000 attack_steps=200",
     "own": "source= target= downstream= oracle_per_class=0 network=resnet8 batch_size=64 "
     "augment=crop pretrain_steps=0 transfer_steps=0 transfer_lr=0.05 dispose_steps=0 "
     "chunks=2 fresh_steps=0 attack_steps=0",
@@ -574,7 +568,7 @@ def load_task(name, seed, data_dir="data", device="cpu", split="test", image_siz
     tensors, x_test = [], x if split == "validation" else x_test
     for images, indices in ((x, kept), (x_test, measured)):
         tensors.append(gather(images, np.concatenate(indices), image_size))
-        labels = np.repeat(np.arange(end - first), [len(of_class) for of_class in indices])
+        labels = np.repeat(np.arange(end - first), list(map(len, indices)))
         tensors.append(torch.from_numpy(labels))
     return Task(*(t.to(device) for t in tensors), classes=end - first)
 
@@ -603,38 +597,35 @@ def load_set(name, data_dir):
     return read_npz(name)
 
 
-NPZ = {  # the arrays of an .npz file: our names and Keras', and MedMNIST's
-    **{"x_train": "train_images", "y_train": "train_labels"},
-    **{"x_test": "test_images", "y_test": "test_labels"},
-}
+NPZ = dict(  # the arrays of an .npz file: our names and Keras', and MedMNIST's
+    x_train="train_images", y_train="train_labels", x_test="test_images", y_test="test_labels"
+)
+RENUMBERED = "np.unique(y, return_inverse=True)[1], labels from 0 without a gap"
 FAULTS = (  # of images x or labels y by shape and dtype: what to write instead, and when
     ("x", "np.stack(x), all of one size", lambda x: x.dtype.hasobject),
     ("x", "x.transpose(0, 2, 3, 1)", lambda x: x.ndim == 4 and x.shape[3] > 4 > x.shape[1]),
     ("x", "x[..., :3]", lambda x: x.shape[3:] == (4,)),
-    ("x", "images (N, H, W, 3) or (N, H, W)", lambda x: x.ndim not in (3, 4) or not x.size),
+    ("x", "images (N, H, W, 3) or (N, H, W)", lambda x: x.ndim < 3 or not x.size),
     ("x", "images (N, H, W, 3) or (N, H, W)", lambda x: x.shape[3:] not in ((), (1,), (3,))),
     ("x", "(255 * x).astype(np.uint8) if x is of 0 to 1", lambda x: x.dtype.kind == "f"),
     ("x", "x.astype(np.uint8), of 0 to 255", lambda x: x.dtype != np.uint8),
-    ("y", "np.unique(y, return_inverse=True)[1]", lambda y: y.dtype.kind in "OSU"),
+    ("y", RENUMBERED, lambda y: y.dtype.kind in "OSU"),
     ("y", "y.argmax(1)", lambda y: y.ndim == 2 and y.shape[1] > 1),
     ("y", "y.astype(np.int64)", lambda y: y.dtype.kind not in "iu"),
     ("y", "labels (N,)", lambda y: y.ndim not in (1, 2) or not y.size),
 )
 VALUE_FAULTS = (
     ("x", "255 * x", lambda x: x.max() < 2),
-    (
-        *("y", "np.unique(y, return_inverse=True)[1], labels from 0 without a gap"),
-        lambda y: y.min() < 0 or len(np.unique(y)) <= y.max(),
-    ),
+    ("y", RENUMBERED, lambda y: y.min() < 0 or len(np.unique(y)) <= y.max()),
 )
 
 
 def refuse_faults(path, faults, arrays):
     for (name, array), (kind, instead, wrong) in itertools.product(arrays.items(), faults):
         if name[0] == kind and wrong(array):
-            seen = f"{array.dtype} {array.shape}"
-            seen += f" of {array.min()} to {array.max()}" if faults is VALUE_FAULTS else ""
-            raise DTLError(f"{path}: {name} is {seen}; write instead {instead}")
+            values = f" of {array.min()} to {array.max()}" if faults is VALUE_FAULTS else ""
+            seen = f"{name} is {array.dtype} {array.shape}{values}"
+            raise DTLError(f"{path}: {seen}; write instead {instead}")
 
 
 def header(file):
@@ -676,8 +667,8 @@ def read_npz(path):
     y_test (N,) or (N, 1) integers from 0. Gives the images as views (N, 3 or 1, H, W)."""
     found = members(path, header)
     if len(found) < len(NPZ):
-        told = f"{', '.join(NPZ)} (or {', '.join(NPZ.values())}) are needed"
-        raise DTLError(f"{path}: {told}, not {', '.join(found) or 'none of them'}")
+        needed = f"{', '.join(NPZ)} (or {', '.join(NPZ.values())}) are needed"
+        raise DTLError(f"{path}: {needed}, not {', '.join(found) or 'none of them'}")
     refuse_faults(path, FAULTS, found)
     x, y, x_test, y_test = found.values()
     if len(x) != len(y) or len(x_test) != len(y_test) or x.shape[1:] != x_test.shape[1:]:
@@ -685,47 +676,42 @@ def read_npz(path):
         raise DTLError(f"{path}: a label for each image, and one size, are needed, not {seen}")
     need = 2 * (x.nbytes + x_test.nbytes) / 2**30
     if need > memory():
-        told = f"its images need {need:.0f} GiB of memory, of which there are {memory():.0f}"
-        raise DTLError(f"{path}: {told}: write them smaller")
+        there = f"of which there are {memory():.0f}: write them smaller"
+        raise DTLError(f"{path}: its images need {need:.0f} GiB of memory, {there}")
     x, y, x_test, y_test = members(path, np.lib.format.read_array).values()
     y, y_test = y.ravel().astype(np.int64), y_test.ravel().astype(np.int64)
     values = dict(x_train=x, x_test=x_test, y_train_and_test=np.concatenate([y, y_test]))
     refuse_faults(path, VALUE_FAULTS, values)
-    channels_first = (
-        part.reshape(*part.shape[:3], -1).transpose(0, 3, 1, 2) for part in (x, x_test)
-    )
-    x, x_test = channels_first
+    x, x_test = (part.reshape(*part.shape[:3], -1).transpose(0, 3, 1, 2) for part in (x, x_test))
     return x, y, x_test, y_test
 
 
-CIFAR = {  # set: (sha256 of its archive, the folder in it, files to train, to test on, labels)
-    "cifar-10": (
-        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        *("cifar-10-batches-bin", "data_batch_?.bin", "test_batch.bin", 1),
-    ),
-    "cifar-100": (
-        "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        *("cifar-100-binary", "train.bin", "test.bin", 2),
-    ),
+CIFAR = {  # set: the folder in its archive, files to train, to test on, label bytes
+    "cifar-10": ("cifar-10-batches-bin", "data_batch_?.bin", "test_batch.bin", 1),
+    "cifar-100": ("cifar-100-binary", "train.bin", "test.bin", 2),
+}
+SHA256 = {  # of the archives
+    "cifar-10": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    "cifar-100": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
 }
 
 
 def read_cifar(name, data_dir):
     """The official binary files: records of 1 or 2 label bytes, of which the last counts, and 3072
     pixel bytes, planes R, G, B."""
-    sha256, folder, *parts, labels = CIFAR[name]
-    folder, arrays = data_dir / folder, []
+    folder, *files, labels = CIFAR[name]
+    folder, size, arrays = data_dir / folder, labels + 3072, []
     if not folder.is_dir():
-        for other in data_dir.glob(f"{name}-*py*"):
-            click.echo(f"{other} is CIFAR's Python version: the binary one is read here", err=True)
-        download(f"https://www.cs.toronto.edu/~kriz/{name}-binary.tar.gz", sha256, folder)
-    for pattern, count in zip(parts, (50000, 10000)):
+        if any(data_dir.glob(f"{name}*py*")):
+            warn(f"{data_dir} has CIFAR's Python version; the binary one is read here")
+        download(f"https://www.cs.toronto.edu/~kriz/{name}-binary.tar.gz", SHA256[name], folder)
+    for pattern, count in zip(files, (50000, 10000)):
         records = b"".join(path.read_bytes() for path in sorted(folder.glob(pattern)))
-        if len(records) != count * (labels + 3072):
-            told = f"{folder / pattern}: {len(records)} bytes, not {count * (labels + 3072)}"
+        if len(records) != count * size:
+            told = f"{folder / pattern}: {len(records)} bytes, not {count * size}"
             raise DTLError(f"{told}: delete the folder, then `python dtl.py data`")
-        records = np.frombuffer(records, np.uint8).reshape(count, -1)
-        arrays.append(records[:, labels:].reshape(-1, 3, 32, 32))
+        records = np.frombuffer(records, np.uint8).reshape(count, size)
+        arrays.append(records[:, labels:].reshape(count, 3, 32, 32))
         arrays.append(records[:, labels - 1].astype(np.int64))
     return tuple(arrays)
 
@@ -739,8 +725,8 @@ def download(address, sha256, folder):
         try:
             torch.hub.download_url_to_file(address, archive, sha256, progress=on_terminal())
         except Exception as error:  # whatever a network can do
-            told = f"cannot download {address} ({error})"
-            raise DTLError(f"{told}: try again, or put its folder at {folder}") from None
+            way = f"try again, or put its folder (the binary version) at {folder}"
+            raise DTLError(f"cannot download {address} ({error}): {way}") from None
         shutil.unpack_archive(archive, scratch)
         with contextlib.suppress(OSError):  # another process was faster; sizes are checked anyway
             os.replace(os.path.join(scratch, folder.name), folder)
@@ -937,7 +923,6 @@ def resnet(blocks, width):
 BACKBONES = {  # name -> function that gives a module, (B, 3, H, W) float -> (B, features)
     "resnet18": lambda: resnet((2, 2, 2, 2), 64),
     "resnet8": lambda: resnet((1, 1, 1), 16),
-    "resnet8-wide": lambda: resnet((1, 1, 1), 32),
 }
 
 
@@ -1104,8 +1089,9 @@ def dispose(pretrained, transferred, source, target, method, config, seed):
     backbone if the method's name ends in -fresh. It minimises the retain loss, distillation of the
     transferred model's answers on target images, and the method's forget loss on source images,
     balanced by an allowance. Source images leave no trace in BatchNorm's running statistics."""
-    name, allowance = split_method(method, config.allowance)
-    forget, balance, fresh, c = METHODS[name], Balance(allowance), name.endswith("-fresh"), config
+    name, allowance = split_method(method)
+    forget, fresh, c = METHODS[name], name.endswith("-fresh"), config
+    balance = Balance(allowance or c.allowance)
     teacher = copy.deepcopy(transferred).eval().requires_grad_(False)
     source_head = copy.deepcopy(pretrained.head).requires_grad_(False)
     if fresh:
@@ -1209,14 +1195,14 @@ METHODS = {  # name -> forget loss, a function of a Context, or None: the retain
 }
 
 
-def split_method(method, default=1.0):
-    """'gc@0.5' -> ('gc', 0.5); 'gc' -> ('gc', default)."""
+def split_method(method):
+    """'gc@0.5' -> ('gc', 0.5); 'gc' -> ('gc', None): the configured allowance."""
     name, at, number = method.partition("@")
     right = METHODS.get(name) and re.fullmatch(r"\d+(\.\d+)?", number)
     if name not in METHODS or at and not (right and 1e-4 <= float(number) <= 1e3):
         told = f"{method!r} is not of {', '.join(METHODS)}, with @0.0001 to @1000 if it forgets"
         raise DTLError(f"--methods: {told}")
-    return name, float(number) if at else default
+    return name, float(number) if at else None
 
 
 def attack(backbone, task, config, seed, times, lr):
@@ -1245,8 +1231,12 @@ ATTACKERS = {  # name -> function of (backbone, its own to change; task; config;
 # ---- One run, one folder: what is there is used, what is missing is made ----
 # OUT: config.json, results.jsonl, log.jsonl, report.md, seed0/gc.pt
 
-PIGGYBACK_TASKS, REFERENCES = ("source-subset", "downstream"), ("scratch", "oracle", "transferred")
+PIGGYBACK_TASKS = ("source-subset", "downstream")
+REFERENCES = ("scratch", "oracle", "transferred")
+MADE_FROM = {"pretrained": [], "scratch": [], "oracle": [], "transferred": ["pretrained"]}
 RESULT = ("seed", "model", "metric", "task", "attacker")  # of a value in results.jsonl
+# What reading a line of results or a config.json raises that this program did not write.
+NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def write(path, data):
@@ -1295,29 +1285,22 @@ def load_model(path, device="cpu", mixed=False, **expected):
 
 def describe(config):
     """What config.json holds: settings, and the digests of own data and of the code that runs."""
-    names = {
-        split_task(task)[0] for task in (config.source, config.target, config.downstream) if task
-    }
-    data = sorted(name for name in names if name not in DATASETS)
+
+    def digests(files, name_of):
+        return {name_of(f): hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files}
+
+    tasks = filter(None, (config.source, config.target, config.downstream))
+    data = sorted({split_task(task)[0] for task in tasks} - DATASETS.keys())
     main = getattr(sys.modules["__main__"], "__file__", None) or __file__
     code = sorted({file for file in (__file__, main) if Path(file).is_file()})
-
-    def digest(file):
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-    settings = asdict(config) | {file: digest(file) for file in data}
-    return dict(settings=settings, code={Path(file).name: digest(file) for file in code})
-
-
-def holds_something(out):
-    """Whether config.json counts: what made nothing blocks nothing."""
-    return (out / "config.json").exists() and any(out.glob("seed*/*.pt"))
+    settings = asdict(config) | digests(data, str)
+    return dict(settings=settings, code=digests(code, lambda file: Path(file).name))
 
 
 def check_folder(out, now):
     """Refuses a folder made with other settings or data; warns of one made by other code."""
     path, differ = out / "config.json", {}
-    if not holds_something(out):
+    if not path.exists():
         return
     try:
         before = json.loads(path.read_text())
@@ -1325,20 +1308,16 @@ def check_folder(out, now):
             old = before[part]
             names = [name for name in old | new if old.get(name) != new.get(name)]
             differ[part] = "; ".join(f"{k} {old.get(k)}, not {new.get(k)}" for k in names)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise DTLError(f"{path} is damaged: give another --out") from None
+    except NOT_OURS:
+        raise DTLError(f"{path} is damaged, or not ours: give another --out") from None
+    if not any(out.glob("seed*/*.pt")):
+        path.unlink()  # what made nothing blocks nothing
+        return
     if differ["settings"]:
         way = "give another --out (a copy of its seed*/pretrained.pt there is a start)"
         raise DTLError(f"{out}: {way}: it was made with {differ['settings']}")
     if differ["code"]:
-        told = f"{out} was made by another version: {differ['code']}"
-        click.echo(f"warning: {told}", err=True)
-
-
-def made_from(model):
-    if model in ("pretrained", "scratch", "oracle"):
-        return []
-    return ["pretrained"] if model == "transferred" else ["pretrained", "transferred"]
+        warn(f"{out} was made by another version: {differ['code']}")
 
 
 def result_line(key, value):
@@ -1349,7 +1328,7 @@ def read_results(out):
     """{(seed, model, metric, task, attacker): value}; what is no line of results is passed over."""
     path, found = Path(out, "results.jsonl"), {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        with contextlib.suppress(*NOT_OURS):
             record = json.loads(line)
             found[tuple(record[name] for name in RESULT)] = float(record["value"])
     return found
@@ -1361,13 +1340,13 @@ def tidy(out):
         try:
             load(path)
         except DTLError as error:
-            click.echo(f"warning: {error.message}; it is made anew", err=True)
+            warn(f"{error.message}; it is made anew")
             path.unlink()
     path, found = out / "results.jsonl", read_results(out)
     kept = [key for key in found if (out / f"seed{key[0]}" / f"{key[1]}.pt").exists()]
     lines = b"".join(result_line(key, found[key]) for key in kept)
     if path.exists() and path.read_bytes() != lines:
-        click.echo(f"warning: {path}: dropped lines damaged or of a missing model", err=True)
+        warn(f"{path}: dropped lines damaged or of a missing model")
         write(path, lines)
 
 
@@ -1407,21 +1386,18 @@ class Run:
     def __init__(self, out, config, seed, data_dir="data", device="cpu"):
         self.out, self.seed, self.device, c = Path(out), seed, device, config
         self.given, self.results = config, read_results(out)
-        names = dict(source=c.source, target=c.target, oracle=c.oracle, downstream=c.downstream)
+        names = dict(source=c.source, target=c.target, oracle=c.oracle)
+        if c.downstream:
+            names["downstream"] = c.downstream
         where = (seed, data_dir, device, c.split, c.image_size)
-        self.tasks = {
-            task: load_task(name, *where)
-            for task, name in names.items()
-            if name or task != "downstream"
-        }
+        self.tasks = {task: load_task(name, *where) for task, name in names.items()}
         there = int(torch.bincount(self.tasks["source"].y).min())
         subset = re.sub(r"(@\d+)?$", f"@{min(there, c.subset_per_class)}", c.source, count=1)
         self.tasks["source-subset"] = load_task(subset, *where)
         by_size = {}
         for name, (task, passes, least) in PASSES.items():
             if getattr(c, name) == 0:
-                steps = passes * (len(self.tasks[task].y) // c.batch_size)
-                by_size[name] = max(least, steps)
+                by_size[name] = max(least, passes * (len(self.tasks[task].y) // c.batch_size))
         self.config = replace(c, **by_size)
 
     def model(self, name):
@@ -1429,28 +1405,24 @@ class Run:
         path, c = self.out / f"seed{self.seed}" / f"{name}.pt", self.config
         kind = dict(network=c.network, source=c.source)  # a copied pretrained.pt must fit
         if not path.exists():
-            earlier = [self.model(before) for before in made_from(name)]
-            if not holds_something(self.out):
-                settings = json.dumps(describe(self.given), indent=1).encode()
-                write(self.out / "config.json", settings)
-            made = self.make(name, earlier)
-            save(path, kind | dict(state=made.state_dict()))
+            earlier = [self.model(m) for m in MADE_FROM.get(name, ["pretrained", "transferred"])]
+            if not (settings := self.out / "config.json").exists():
+                write(settings, json.dumps(describe(self.given), indent=1).encode())
+            save(path, kind | dict(state=self.make(name, earlier).state_dict()))
         return load_model(path, self.device, c.mixed_on(self.device), **kind)
 
     def make(self, name, earlier):
         LOG.info(dict(stage=f"seed {self.seed} {name}"))
-        c, target = self.config, self.tasks["target"]
-        seed_of = functools.partial(stream, self.seed)
+        c, source, target = self.config, self.tasks["source"], self.tasks["target"]
         if name == "pretrained":
-            return pretrain(self.tasks["source"], c, seed_of("pretrain"))
+            return pretrain(source, c, stream(self.seed, "pretrain"))
         if name == "transferred":
-            return transfer(*earlier, target, c, seed_of("transfer"))
+            return transfer(*earlier, target, c, stream(self.seed, "transfer"))
         if name in ("scratch", "oracle"):  # references that never see the source
             c = replace(c, pretrain_steps=c.fresh_steps, pretrain_lr=c.fresh_lr)
             task = self.tasks["oracle"] if name == "oracle" else target
-            return pretrain(task, c, seed_of("fresh"))
-        tasks = self.tasks["source"], target
-        return dispose(*earlier, *tasks, name, c, seed_of("dispose"))
+            return pretrain(task, c, stream(self.seed, "fresh"))
+        return dispose(*earlier, source, target, name, c, stream(self.seed, "dispose"))
 
     def measure(self, model, metric, task=None, attacker=None):
         """Adds a line to results.jsonl, unless it is there: `source_accuracy`, `target_accuracy`,
@@ -1458,7 +1430,8 @@ class Run:
         key = (self.seed, model, metric, task, attacker)
         if key in self.results:
             return
-        made, what = self.model(model), f", {attacker} attacker on {task}" if attacker else ""
+        made = self.model(model)
+        what = f", {attacker} attacker on {task}" if attacker else ""
         LOG.info(dict(stage=f"seed {self.seed} {model}{what}"))
         if attacker:
             seed = stream(self.seed, "piggyback", task)
@@ -1520,32 +1493,33 @@ def in_words(numbers):
         lines.append(f"- {told}, too far to compare: --oracle-per-class sets its images.")
     for m in (m for m in target if m not in REFERENCES):
         by_task = {}
-        for (_, task, *attacker), value in ((k, v) for k, v in mean.items() if k[0] == m):
+        for (model, task, *attacker), value in mean.items():
+            if model != m or not attacker:
+                continue
+            by_task[task] = max(value, by_task.get(task, 0))
             oracle = mean.get(("oracle", task, *attacker), -math.inf)
-            if attacker:
-                by_task[task] = max(value, by_task.get(task, 0))
-            if attacker and attacker[0] != "strongest" and value < oracle - 3:
-                why = "a broken starting point, not forgetting: look at the other attackers"
+            if attacker[0] != "strongest" and value < oracle - 3:
                 told = f"- {m}, {attacker[0]} on {task}: over 3 points less than from oracle"
+                why = "a broken starting point, not forgetting: look at the other attackers"
                 lines.append(f"{told}, {why}.")
         gets = " and ".join(f"{value:.1f}% on {task}" for task, value in by_task.items())
         change = f"{target[m] - target['transferred']:+.1f} points"
-        lines.append(
-            f"- {m} changes target accuracy by {change}; the strongest attacker gets {gets}."
-        )
+        told = f"- {m} changes target accuracy by {change}; the strongest attacker gets"
+        lines.append(f"{told} {gets}.")
     return lines
 
 
 def report(out, config, about, seeds, models, tasks, attackers):
     """Writes OUT/report.md, and returns its text."""
     numbers = collect(read_results(out), seeds, models, tasks, attackers)
-    three = f"Source {config.source}, target {config.target}, downstream {config.downstream or '-'}"
+    c, seeds = config, ",".join(map(str, seeds))
     lines = [
-        f"{three}; {config.network}; {config.split} images; seeds {','.join(map(str, seeds))}.",
+        f"Source {c.source}, target {c.target}, downstream {c.downstream or '-'}; "
+        f"{c.network}; {c.split} images; seeds {seeds}.",
         "PL accuracy: what an attacker gets by retraining. ±: half of a 95% t-interval over seeds.",
     ]
-    lines += ["", *table(numbers), "", *in_words(numbers)]
-    text = "\n".join([*lines, "", *(f"    {line}" for line in about), ""])
+    lines += ["", *table(numbers), "", *in_words(numbers), "", *(f"    {line}" for line in about)]
+    text = "\n".join([*lines, ""])
     write(out / "report.md", text.encode(errors="backslashreplace"))
     return text
 
@@ -1565,23 +1539,16 @@ def find_device(gpu, precision):
 
 
 def names_in(option, text, known):
-    """'all', or NAME,NAME,... of what is known, each once."""
+    """NAME,NAME,... of what is known, each once, or all; method 'gc@1.0' is written gc@1."""
     names = list(known) if text == "all" else text.split(",")
-    if set(names) - set(known) or len(set(names)) < len(names):
-        raise DTLError(f"{option} {text!r}: not a list of {', '.join(known)}, each once, or all")
-    return names
-
-
-def models_in(stage, methods, config):
-    """The models that a stage needs; 'gc@1.0' is written gc@1."""
-    names = list(METHODS) if methods == "all" else methods.split(",")
-    pairs = [split_method(name) for name in names]
-    names = [f"{m}@{a:g}" if "@" in name else m for name, (m, a) in zip(names, pairs)]
+    if known is METHODS:
+        pairs = [split_method(name) for name in names]
+        names = [f"{name}@{a:g}" if a else name for name, a in pairs]
+    elif set(names) - set(known):
+        raise DTLError(f"{option} {text!r}: not a list of {', '.join(known)}, or all")
     if len(set(names)) < len(names):
-        raise DTLError(f"--methods {methods}: each once")
-    known = [m for m in REFERENCES if m != "oracle" or config.oracle != config.target]
-    before = {"all": known, "pretrain": []}.get(stage, ["transferred"])
-    return before + names if stage in ("all", "dispose", "piggyback") else before
+        raise DTLError(f"{option} {text!r}: each once")
+    return names
 
 
 def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings):
@@ -1594,8 +1561,13 @@ def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", seeds):
         raise DTLError(f"--seeds {seeds!r}: not a list of whole numbers like 0,1,2")
     seeds = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
-    models = models_in(stage, methods, config)
+    methods = names_in("--methods", methods, METHODS)
     attackers = names_in("--attackers", attackers, ATTACKERS)
+    models = [m for m in REFERENCES if m != "oracle" or config.oracle != config.target]
+    if stage != "all":
+        models = [] if stage == "pretrain" else ["transferred"]
+    if stage in ("all", "dispose", "piggyback"):
+        models += methods
     out = out or Path(os.environ.get("DTL_OUT", "runs"), preset)
     about = about_this(device)
     check_folder(out, describe(config))
@@ -1626,14 +1598,14 @@ def warn_of(tasks, config):
         seen[name] = {hash(image.numpy().tobytes()) for image in images}
     for one, other in itertools.combinations(seen, 2):
         if shared := len(seen[one] & seen[other]):
-            click.echo(f"warning: {one} and {other} have {shared} images in common", err=True)
+            warn(f"{one} and {other} have {shared} images in common")
     per_class = len(tasks["source-subset"].y) // tasks["source"].classes
     if per_class < config.subset_per_class:
-        told = f"the attacker has {per_class} source images a class, all that there are"
-        click.echo(f"{told}, not --subset-per-class {config.subset_per_class}", err=True)
+        asked = f"all that there are, not --subset-per-class {config.subset_per_class}"
+        warn(f"the attacker has {per_class} source images a class, {asked}")
     side = max(tasks["source"].x.shape[2:])
     if side > 64 and not config.image_size:
-        click.echo(f"images of {side} pixels take long: --image-size 64 shrinks them", err=True)
+        warn(f"images of {side} pixels take long: --image-size 64 shrinks them")
 
 
 def about_this(device):
@@ -1641,12 +1613,13 @@ def about_this(device):
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     if torch.backends.mps.is_available():
         machine += " (its Apple GPU is not used)"
-    machine += f", {torch.get_num_threads()} threads, C routine {native_routine()[1]}"
-    versions = f"torch {torch.__version__}, numpy {np.__version__}"
-    return [
-        shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        f"dtl.py {__version__}, Python {platform.python_version()}, {versions}; {machine}",
+    parts = [
+        f"dtl.py {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+        f"numpy {np.__version__}; {machine}, {torch.get_num_threads()} threads",
+        f"C routine {native_routine()[1]}",
     ]
+    command = ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
+    return [shlex.join(command), ", ".join(parts)]
 
 
 class Command(click.Command):

@@ -105,17 +105,21 @@ def loss(device="cpu", network="resnet8", repeats=7):
             form: [pool.apply(peak_memory, (form, *size, network, device)) for size in sizes]
             for form in FORMS
         }
-    took = medians(
-        *(prepare_step(form, 8, 64, network, device) for form in FORMS), times=repeats + 1
-    )
+    took = {}
+    for size in ((8, 64), (2, 16)):
+        steps = [prepare_step(form, *size, network, device) for form in FORMS]
+        took[size] = medians(*steps, times=(repeats + 1) * 128 // size[0] // size[1] + repeats)
     versions = f"torch {torch.__version__}, {machine(device)}"
-    print(f"{network}, 16x16 images, {versions}; median of {repeats}\n")
-    print(f"{'chunks x images':<34}{'8 x 64':>8}{'':>7}{'8 x 64':>9}{'4 x 16':>9}{'32 x 16':>9}")
-    print(f"{'':<34}{'ms':>8}{'ratio':>7}{'peak MB':>9}{'peak MB':>9}{'peak MB':>9}{'ratio':>7}")
-    for form, ms in zip(FORMS, took):
+    print(f"{network}, 16x16 images, {versions}; medians\n")
+    print(f"{'chunks x images':<34}{'8 x 64':>8}{'':>7}{'2 x 16':>8}{'':>7}", end="")
+    print(f"{'8 x 64':>9}{'4 x 16':>9}{'32 x 16':>9}")
+    print(f"{'':<34}{'ms':>8}{'ratio':>7}{'ms':>8}{'ratio':>7}{'peak MB':>9}{'peak MB':>9}", end="")
+    print(f"{'peak MB':>9}{'ratio':>7}")
+    for k, form in enumerate(FORMS):
+        times = "".join(f"{ms[k]:>8.1f}{ms[k] / ms[0]:>7.2f}" for ms in took.values())
         memory = "".join(f"{peak:>9.0f}" for peak in peaks[form])
         ratio = peaks[form][2] / peaks[form][1]
-        print(f"{form:<34}{ms:>8.1f}{ms / took[0]:>7.2f}{memory}{ratio:>7.2f}")
+        print(f"{form:<34}{times}{memory}{ratio:>7.2f}")
 
 
 def in_float64(flat):
@@ -161,5 +165,5 @@ def native(repeats=7):
 if __name__ == "__main__":
     known = {"loss": loss, "native": native}
     if not set(sys.argv[1:2]) & {*known}:
-        sys.exit("python tests/benchmark.py native | loss [cpu | cuda [resnet8 | resnet18]]")
+        sys.exit("python experiments/benchmark.py native | loss [cpu | cuda [resnet8 | resnet18]]")
     known[sys.argv[1]](*sys.argv[2:])

@@ -200,7 +200,7 @@ def test_every_command_exists(dtl_command):
         (["--source", "my.npz[0:5]"], "own"),
         (["--gpu", "0", "--target", "my.npz"], "own"),
         (["--gpu", "0", "--preset", "demo"], "demo"),
-        (["--preset=cifar-cpu"], "cifar-cpu"),
+        (["--preset=cifar"], "cifar"),
     ],
 )
 def test_the_preset_follows_the_arguments(given, preset, dtl_command):
@@ -217,8 +217,8 @@ def test_the_folder_is_the_presets_by_default(arguments, dtl_command, tmp_path, 
     monkeypatch.delenv("DTL_OUT", raising=False)
     assert dtl_command(*bare).code == 0 and (tmp_path / "runs/demo/seed0/pretrained.pt").exists()
     monkeypatch.setenv("DTL_OUT", str(tmp_path / "elsewhere"))
-    assert dtl_command(*bare, "--preset", "cifar-cpu").code == 0
-    assert (tmp_path / "elsewhere/cifar-cpu/seed0/pretrained.pt").exists()
+    assert dtl_command(*bare, "--preset", "cifar").code == 0
+    assert (tmp_path / "elsewhere/cifar/seed0/pretrained.pt").exists()
 
 
 def test_the_data_command_reads_both_sets(dtl_command, tmp_path, monkeypatch):

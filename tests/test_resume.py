@@ -87,7 +87,7 @@ def test_a_folder_grows_by_seeds_methods_and_attackers(finished, records, traine
 def test_a_copied_model_starts_another_folder(finished, records, trained, tmp_path, run):
     (tmp_path / "seed0").mkdir()
     shutil.copy(finished.out / "seed0/pretrained.pt", tmp_path / "seed0")
-    for other in (dict(source="shapes[1:4]@8"), dict(network="resnet8-wide")):  # it must fit
+    for other in (dict(source="shapes[1:4]@8"), dict(network="resnet18")):  # it must fit
         result = run("dispose", tmp_path, **other)
         assert result.code == 1 and re.search(r"^Error: .*pretrained.pt", result.output, re.M)
     result = run("dispose", tmp_path, methods=["uniform"], dispose_lr=0.1)
@@ -103,7 +103,7 @@ def test_a_copied_model_starts_another_folder(finished, records, trained, tmp_pa
 
 
 CHANGES = [dict(pretrain_lr=0.2), dict(attack_steps=2), dict(source="shapes[0:3]@9")]
-CHANGES += [dict(split="validation", chunks=3), dict(preset="cifar-cpu", transfer_lr=0.3)]
+CHANGES += [dict(split="validation", chunks=3), dict(preset="cifar", transfer_lr=0.3)]
 
 
 @pytest.mark.parametrize("changed", CHANGES)

@@ -117,7 +117,6 @@ def foreign():
 
 NETWORKS = [  # the side of what the stem and each block give; weights, of ResNet-18 as published
     ("resnet8", [16, 16, 8, 4], 77392),
-    ("resnet8-wide", [16, 16, 8, 4], 307360),
     ("resnet18", [16, 16, 16, 8, 8, 4, 4, 2, 2], 11168832),
 ]
 
