@@ -171,7 +171,7 @@ def test_what_is_likely_to_be_a_mistake_is_told(capsys):
     tasks["target"].x_test[:2] = tasks["source"].x[2:]
     for some in (("source", "target", "downstream"), ("source", "target")):
         dtl.warn_of({name: tasks[name] for name in (*some, "source-subset")}, config)
-        assert capsys.readouterr().err == "warning: source and target have 2 images in common\n"
+        assert capsys.readouterr().err == "warning: images in common: source and target 2\n"
     for side, size, told in ((64, 0, 0), (65, 0, 1), (65, 65, 0)):
         dtl.warn_of(tasks_of("source", "target", side=side), replace(config, image_size=size))
         error = capsys.readouterr().err

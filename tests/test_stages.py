@@ -378,8 +378,16 @@ def test_where_disposal_starts_and_how_long_it_takes(world, method, untrained):
             assert not torch.equal(filters(a)[0], filters(b)[0])
             assert not torch.equal(a.head.weight, b.head.weight)
     else:
-        assert same(one, world.transferred) and same(two, world.transferred)
-    assert [args[2:4] for args in untrained] == [(schedule, 1), (schedule, 2)]
+        known = dispose(world, method, 1, **rates, perturb=0)
+        new = dispose(world, method, 1, **rates, perturb=1)
+        fresh = dispose(world, "distill-fresh", 1, **rates)
+        assert same(known, world.transferred)
+        for a, b in zip(new.parameters(), fresh.parameters()):
+            assert torch.equal(a, b)  # with perturb=1 they start where -fresh does
+        for a, b, half in zip(new.parameters(), known.parameters(), one.parameters()):
+            assert torch.allclose(half, (a + b) / 2, atol=1e-7)
+        assert not same(one, two)  # the fresh model is another one by seed
+    assert [args[2:4] for args in untrained[:2]] == [(schedule, 1), (schedule, 2)]
 
 
 @pytest.mark.parametrize("method", dtl.METHODS)
