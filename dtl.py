@@ -117,10 +117,7 @@ def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot"):
     """
     chunk_losses, params = _gc_arguments(chunk_losses, params, similarity, streamed=True)
     value, total, n, first = 0, 0, len(chunk_losses), []
-    state, (devices, device_states) = (
-        torch.get_rng_state(),
-        get_device_states(params[0]),
-    )
+    state, (devices, device_states) = torch.get_rng_state(), get_device_states(params[0])
     for i, chunk_loss in enumerate(chunk_losses):
         loss = chunk_loss()
         u = _gc_vector(i, loss, params, similarity, create_graph=i == 0, check=i == 0).detach()
@@ -177,15 +174,8 @@ class Balance(torch.nn.Module):
         numbers = [float(x) for x in (1.0 if allowance is None else allowance, strength, *limits)]
         if not all(0 < x < math.inf for x in numbers) or numbers[2] > numbers[3]:
             raise ValueError(f"allowance, strength, limits must be positive numbers, not {numbers}")
-        self.allowance, self.limits = (
-            None if allowance is None else numbers[0],
-            numbers[2:],
-        )
-        for name, start in (
-            ("strength", strength),
-            ("mean", math.nan),
-            ("forget_norm", math.nan),
-        ):
+        self.allowance, self.limits = None if allowance is None else numbers[0], numbers[2:]
+        for name, start in (("strength", strength), ("mean", math.nan), ("forget_norm", math.nan)):
             self.register_buffer(name, torch.tensor(float(start)))  # nan: nothing was seen yet
 
     @torch.no_grad()
@@ -252,10 +242,7 @@ def _gc_list(name, given):
 
 def _gc_params(params, leaves=False):
     """params as a list of checked tensors, each once."""
-    params, kinds = (
-        _gc_list("params", params),
-        (torch.bfloat16, torch.float32, torch.float64),
-    )
+    params, kinds = _gc_list("params", params), (torch.bfloat16, torch.float32, torch.float64)
     for k, p in enumerate(params):
         if not isinstance(p, torch.Tensor):
             raise ValueError(f"params[{k}] is a {type(p).__name__}, no tensor")
@@ -414,10 +401,7 @@ def gradient_stats(gradients, backend="auto"):
         ffi, lib = module.ffi, module.lib
         routine = lib.gc_gram_f32 if rows[0].dtype == torch.float32 else lib.gc_gram_f64
         at = ffi.new("uintptr_t[]", [g.data_ptr() for g in rows])
-        pointers, into = (
-            ffi.cast("const void *const *", at),
-            ffi.cast("double *", gram.data_ptr()),
-        )
+        pointers, into = ffi.cast("const void *const *", at), ffi.cast("double *", gram.data_ptr())
         if code := routine(pointers, n, len(rows[0]), torch.get_num_threads(), 0, into):
             raise RuntimeError(f"_gc_native.c: error {code} for {n} rows of {len(rows[0])}")
     else:
@@ -615,31 +599,16 @@ def load_set(name, data_dir):
 
 
 NPZ = dict(  # the arrays of an .npz file: our names and Keras', and MedMNIST's
-    x_train="train_images",
-    y_train="train_labels",
-    x_test="test_images",
-    y_test="test_labels",
+    x_train="train_images", y_train="train_labels", x_test="test_images", y_test="test_labels"
 )
 RENUMBERED = "np.unique(y, return_inverse=True)[1], labels from 0 without a gap"
 FAULTS = (  # of images x or labels y by shape and dtype: what to write instead, and when
     ("x", "np.stack(x), all of one size", lambda x: x.dtype.hasobject),
-    (
-        "x",
-        "x.transpose(0, 2, 3, 1)",
-        lambda x: x.ndim == 4 and x.shape[3] > 4 > x.shape[1],
-    ),
+    ("x", "x.transpose(0, 2, 3, 1)", lambda x: x.ndim == 4 and x.shape[3] > 4 > x.shape[1]),
     ("x", "x[..., :3]", lambda x: x.shape[3:] == (4,)),
     ("x", "images (N, H, W, 3) or (N, H, W)", lambda x: x.ndim < 3 or not x.size),
-    (
-        "x",
-        "images (N, H, W, 3) or (N, H, W)",
-        lambda x: x.shape[3:] not in ((), (1,), (3,)),
-    ),
-    (
-        "x",
-        "(255 * x).astype(np.uint8) if x is of 0 to 1",
-        lambda x: x.dtype.kind == "f",
-    ),
+    ("x", "images (N, H, W, 3) or (N, H, W)", lambda x: x.shape[3:] not in ((), (1,), (3,))),
+    ("x", "(255 * x).astype(np.uint8) if x is of 0 to 1", lambda x: x.dtype.kind == "f"),
     ("x", "x.astype(np.uint8), of 0 to 255", lambda x: x.dtype != np.uint8),
     ("y", RENUMBERED, lambda y: y.dtype.kind in "OSU"),
     ("y", "y.argmax(1)", lambda y: y.ndim == 2 and y.shape[1] > 1),
@@ -736,11 +705,7 @@ def read_cifar(name, data_dir):
     if not folder.is_dir():
         if any(data_dir.glob(f"{name}*py*")):
             warn(f"{data_dir} has CIFAR's Python version; the binary one is read here")
-        download(
-            f"https://www.cs.toronto.edu/~kriz/{name}-binary.tar.gz",
-            SHA256[name],
-            folder,
-        )
+        download(f"https://www.cs.toronto.edu/~kriz/{name}-binary.tar.gz", SHA256[name], folder)
     for pattern, count in zip(files, (50000, 10000)):
         records = b"".join(path.read_bytes() for path in sorted(folder.glob(pattern)))
         if len(records) != count * size:
@@ -780,10 +745,7 @@ def draw_shapes(per_class, seed):
     across = ((np.arange(16) + 0.5) * 0.125 - 1)[None]  # (1, 16)
     down, angle = across.T, uniform(0, 2 * np.pi)[:, 0]
     radius, shift = uniform(0.55, 0.85)[:, 0], uniform(-0.2, 0.2, 2)
-    dx, dy = (
-        (across - shift[:, 0]) / radius,
-        (down - shift[:, 1]) / radius,
-    )  # (N, 16, 16)
+    dx, dy = (across - shift[:, 0]) / radius, (down - shift[:, 1]) / radius  # (N, 16, 16)
     u = dx * np.cos(angle) + dy * np.sin(angle)
     v = dy * np.cos(angle) - dx * np.sin(angle)
     contours = [  # negative inside: disc, bar, triangle, square, star, cross, crescent, trefoil
@@ -894,11 +856,7 @@ class _NormaliseBackward(torch.autograd.Function):
         """From the gradients v, a, c by dx, dw, db those by dy, x and weight: sums of dy, x and v
         with one coefficient a channel. The reductions are those of the first derivative."""
         dy, x, weight, mean, r, dw, db = ctx.saved_tensors  # r: 1 / standard deviation
-        first, n, shape = (
-            _NormaliseBackward.first,
-            x.numel() // x.shape[1],
-            [1] * x.dim(),
-        )
+        first, n, shape = _NormaliseBackward.first, x.numel() // x.shape[1], [1] * x.dim()
         shape[1] = -1
         by_dy, v_x, v_sum = first(v, x, weight, mean, r)
         # Means over a channel of dy * normalised x, dy, v * normalised x, and v.
@@ -974,11 +932,7 @@ class Model(nn.Module):
 
     def __init__(self, backbone, head, mixed=False):
         super().__init__()
-        self.backbone, self.head, self.mixed = (
-            backbone,
-            head,
-            mixed,
-        )  # mixed: bfloat16 inside
+        self.backbone, self.head, self.mixed = backbone, head, mixed  # mixed: bfloat16 inside
 
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed):
@@ -1283,12 +1237,7 @@ ATTACKERS = {  # name -> function of (backbone, its own to change; task; config;
 
 PIGGYBACK_TASKS = ("source-subset", "downstream")
 REFERENCES = ("scratch", "oracle", "transferred")
-MADE_FROM = {
-    "pretrained": [],
-    "scratch": [],
-    "oracle": [],
-    "transferred": ["pretrained"],
-}
+MADE_FROM = {"pretrained": [], "scratch": [], "oracle": [], "transferred": ["pretrained"]}
 RESULT = ("seed", "model", "metric", "task", "attacker")  # of a value in results.jsonl
 # What reading a line of results or a config.json raises that this program did not write.
 NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -1501,17 +1450,7 @@ class Run:
 # ---- The report: rows are models, columns what was measured ----
 # From one dict of per cent by seed: (model, "target"), (model, task, attacker) -> list of floats
 
-T95 = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-)  # of 1 .. 9 degrees of freedom
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of 1 .. 9 degrees of freedom
 
 
 def collect(results, seeds, models, tasks, attackers):
@@ -1550,10 +1489,7 @@ def table(numbers):
 
 def in_words(numbers):
     """A sentence a method, and one for whatever makes a comparison unfair."""
-    lines, mean = (
-        [],
-        {key: round(np.mean(values), 9) for key, values in numbers.items()},
-    )
+    lines, mean = [], {key: round(np.mean(values), 9) for key, values in numbers.items()}
     target = {key[0]: value for key, value in mean.items() if key[1] == "target"}
     apart = target.get("oracle", target["transferred"]) - target["transferred"]
     if abs(apart) > 3:
@@ -1586,14 +1522,7 @@ def report(out, config, about, seeds, models, tasks, attackers):
         f"{c.network}; {c.split} images; seeds {seeds}.",
         "PL accuracy: what an attacker gets by retraining. ±: half of a 95% t-interval over seeds.",
     ]
-    lines += [
-        "",
-        *table(numbers),
-        "",
-        *in_words(numbers),
-        "",
-        *(f"    {line}" for line in about),
-    ]
+    lines += ["", *table(numbers), "", *in_words(numbers), "", *(f"    {line}" for line in about)]
     text = "\n".join([*lines, ""])
     write(out / "report.md", text.encode(errors="backslashreplace"))
     return text
@@ -1728,28 +1657,17 @@ class Command(click.Command):
 
 def main(args=None, **extra):
     """The command line, with what a script has added to the tables; both as for click."""
-    folder, option = (
-        click.Path(path_type=Path),
-        functools.partial(click.Option, show_default=True),
-    )
+    folder, option = click.Path(path_type=Path), functools.partial(click.Option, show_default=True)
     stages = ["all", "pretrain", "transfer", "dispose", "piggyback", "data"]
     methods, Choice = f"all, or of {', '.join(METHODS)}, also as gc@0.5", click.Choice
     options = [
         click.Argument(["stage"], type=Choice(stages)),
-        option(
-            ["--preset"],
-            type=Choice(list(PRESETS)),
-            help="cifar with --gpu, own with .npz",
-        ),
+        option(["--preset"], type=Choice(list(PRESETS)), help="cifar with --gpu, own with .npz"),
         option(["--gpu"], type=click.IntRange(0), help="number of the CUDA device"),
         option(["--seeds"], default="0", help="as in 0,1,2"),
         option(["--methods"], default="finetune,uniform,gc,gc-fresh", help=methods),
         option(["--attackers"], default="fixed", help=f"all, or of {', '.join(ATTACKERS)}"),
-        option(
-            ["--out"],
-            type=folder,
-            help="folder of results; else PRESET in $DTL_OUT or runs",
-        ),
+        option(["--out"], type=folder, help="folder of results; else PRESET in $DTL_OUT or runs"),
         option(["--data-dir"], type=folder, default="data", envvar="DTL_DATA_DIR"),
         *config_options(),
     ]
