@@ -316,7 +316,7 @@ def _gc_vector(i, loss, params, similarity, create_graph=False, check=False):
     return u
 
 
-_GC_WAYS = {  # what has no second derivative, or a wrong one, in a node's name: the way out
+_GC_WAYS = {  # what has no second derivative, or a wrong one, by its node's name: the way out
     "CompiledFunction": 'the uncompiled model, or torch.compiler.set_stance("force_eager")',
     "attention": "sdpa_kernel(SDPBackend.MATH) around it",
     "hardsigmoid": "F.relu6(x + 3) / 6",
@@ -347,10 +347,12 @@ def _gc_check_second_derivative(grads):
             except RuntimeError as error:  # it names the operation
                 name = str(error)
         elif getattr(node, "_saved_scale_grad_by_freq", False):
-            name = "Embedding with scale_grad_by_freq"
-        way = next((_GC_WAYS[part] for part in _GC_WAYS if part in name), None)
-        if way or refused:
-            told = f"no right second derivative ({name}): use {way or 'other operations'}"
+            name = "scale_grad_by_freq"
+        ways = [way for part, way in _GC_WAYS.items() if name.startswith(part)]
+        if refused:
+            ways = [way for part, way in _GC_WAYS.items() if part in name] + ["other operations"]
+        if ways:
+            told = f"no right second derivative ({name}): use {ways[0]}"
             raise ValueError(f"a chunk's gradient has {told}")
 
 

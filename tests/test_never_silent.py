@@ -215,6 +215,25 @@ def test_no_or_a_wrong_second_derivative_is_told_at_the_first_chunk(case, form):
     assert len(calls) == (1 if form is streamed else len(X))  # the other form is given losses
 
 
+class my_attention(torch.autograd.Function):  # noqa: N801 - a name like that of what is refused
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+@each_form
+def test_a_function_of_ones_own_is_not_refused_for_its_name(form):
+    model = nn.Linear(5, 3).double()
+    chunks = [lambda x=x.double(): F.cross_entropy(my_attention.apply(model(x)), Y) for x in X]
+    found = evaluate(form, chunks, list(model.parameters()))
+    assert_close(found, double_loop(chunks, list(model.parameters())), 1e-9)
+
+
 WAYS_OUT = {
     "weight_norm": lambda v, g, x: x @ (v * (g / v.norm(dim=1, keepdim=True))).T,
     "hardsigmoid": lambda v, g, x: F.relu6(x @ v.T * g[:, 0] + 3) / 6,
