@@ -229,7 +229,8 @@ class my_attention(torch.autograd.Function):  # noqa: N801 - a name like that of
 @each_form
 def test_a_function_of_ones_own_is_not_refused_for_its_name(form):
     model = nn.Linear(5, 3).double()
-    chunks = [lambda x=x.double(): F.cross_entropy(my_attention.apply(model(x)), Y) for x in X]
+    data = [x.double() for x in X]
+    chunks = [lambda x=x: F.cross_entropy(my_attention.apply(model(x)), Y) for x in data]
     found = evaluate(form, chunks, list(model.parameters()))
     assert_close(found, double_loop(chunks, list(model.parameters())), 1e-9)
 
