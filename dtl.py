@@ -19,12 +19,12 @@ reached is the PL accuracy. Lower is better.
 In the demo, five seeds, per cent (PL: fixed attacker, strongest of three; README has the command):
 
                    target    PL, source subset    PL, new data
-    transferred    68.8      44.8  53.1           27.8  31.1
-    gc             66.3      31.8  51.3           21.3  28.5
-    gc-fresh       64.9      20.7  40.5           21.9  24.8
-    oracle         67.9      17.6  31.8           16.4  18.6
+    transferred    71.7      46.4  56.3           27.9  30.9
+    gc             74.2      23.1  50.9           17.8  26.1
+    gc-fresh       69.7      23.2  43.5           21.5  26.0
+    oracle         72.1      18.0  32.4           15.8  18.9
 
-So GC holds a short attack off, and not a long one.
+So GC holds a short attack off, and not the strongest.
 
 No official code is public. What the abstract leaves open is marked OUR READING below.
 """

@@ -55,7 +55,9 @@ def write_names(panel, points, taken):
             texts.append(panel.annotate(name, point, (x, y), **how))
         boxes = [text.get_window_extent() for text in texts]
         covered = [sum(box.overlaps(other) for other in taken) for box in boxes]
-        covered = [c + 99 * (box.x1 > panel.bbox.x1) for c, box in zip(covered, boxes)]  # outside
+        for k, box in enumerate(boxes):
+            if box.x0 < panel.bbox.x0 or box.x1 > panel.bbox.x1:  # outside
+                covered[k] += 99
         best = covered.index(min(covered))
         taken.append(boxes[best])
         for text in texts[:best] + texts[best + 1 :]:
