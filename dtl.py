@@ -78,9 +78,8 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
     losses: n >= 2 tensors (), each with its graph. params: bfloat16, float32 or float64 tensors on
     one device; tied ones count once; one that a loss does not touch has a zero gradient, whose
     cosine is 0. Returns a tensor (), differentiable by params, not finite where losses or gradients
-    are not. No host synchronisation; memory grows with n. Three plain steps if convolutions or wide
-    layers are all the work, up to nine for small layers. The caller sets BatchNorm and dropout
-    mode. ValueError for all else. Source: arXiv 2308.09971; dot or cos, the backbone alone and the
+    are not. No host synchronisation; memory grows with n. Three to five plain steps of a ResNet, up
+    to nine where layers are small and rows few. The caller sets BatchNorm and dropout mode. ValueError for all else. Source: arXiv 2308.09971; dot or cos, the backbone alone and the
     fresh head are this project's reading.
 
         head = nn.Linear(features, classes).to(device)  # random, drawn anew at every step
