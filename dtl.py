@@ -79,8 +79,9 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
     one device; tied ones count once; one that a loss does not touch has a zero gradient, whose
     cosine is 0. Returns a tensor (), differentiable by params, not finite where losses or gradients
     are not. No host synchronisation; memory grows with n. Three to five plain steps of a ResNet, up
-    to nine where layers are small and rows few. The caller sets BatchNorm and dropout mode. ValueError for all else. Source: arXiv 2308.09971; dot or cos, the backbone alone and the
-    fresh head are this project's reading.
+    to nine where layers are small and rows few. The caller sets BatchNorm and dropout mode.
+    ValueError for all else. Source: arXiv 2308.09971; dot or cos, the backbone alone and the fresh
+    head are this project's reading.
 
         head = nn.Linear(features, classes).to(device)  # random, drawn anew at every step
         chunks = zip(source_x.chunk(4), source_y.chunk(4))
