@@ -466,8 +466,8 @@ class Config:
     perturb: float = setting(0.5, click.FloatRange(0, 1), "how far to a fresh model stage 3 starts")
     allowance: float = setting(1.0, float, "how large the retain loss, T^2 KL, may become")
     similarity: str = setting("dot", ["dot", "cos"], "of gradients, in GC")
-    chunks: int = setting(4, 2, "of a source batch, whose gradients collide")
-    chunk_size: int = setting(32, 2, "images a chunk")
+    chunks: int = setting(2, 2, "of a source batch, whose gradients collide")
+    chunk_size: int = setting(64, 2, "images a chunk")
     fresh_steps: int = setting(5000, 0, "scratch, oracle and METHOD-fresh")
     fresh_lr: float = setting(0.1, float, "scratch, oracle and METHOD-fresh, peak learning rate")
     attack_steps: int = setting(500, 0, "stage 4, of the fixed attacker")
@@ -502,12 +502,12 @@ def config_options():
 PRESETS = {  # sizes, and nothing of the method
     "demo": "source=shapes[0:16]@250 target=shapes[16:24]@30 downstream=shapes[24:32]@30 "
     "subset_per_class=30 oracle_per_class=240 network=resnet8 batch_size=64 pretrain_steps=600 "
-    "transfer_steps=200 transfer_lr=0.05 dispose_steps=200 chunks=2 chunk_size=16 fresh_steps=400 "
+    "transfer_steps=200 transfer_lr=0.05 dispose_steps=200 chunk_size=16 fresh_steps=400 "
     "attack_steps=60",
     "cifar": "",
     "own": "source= target= downstream= oracle_per_class=0 network=resnet8 batch_size=64 "
     "augment=crop pretrain_steps=0 transfer_steps=0 transfer_lr=0.05 dispose_steps=0 "
-    "chunks=2 fresh_steps=0 attack_steps=0",
+    "chunk_size=32 fresh_steps=0 attack_steps=0",
 }
 PRESETS = {k: dict(pair.split("=") for pair in v.split()) for k, v in PRESETS.items()}
 PASSES = {  # steps of 0: so many passes over the task's images, and at least so many steps
