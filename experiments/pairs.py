@@ -5,7 +5,7 @@
 The first argument is the pair, what follows goes to `dtl.py all`. The files are made in the folder
 pairs/ unless they are there. Of `c100-c10` and `c10-c100` at 16 pixels, `v-` before the name
 measures on training images that are kept apart, for whatever is chosen; of `digits` (scikit-learn)
-and `shapes` as well.
+and `shapes` as well. It has the attackers of attackers.py and sceptic.py, too.
 """
 
 import sys
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # this folder, and that of dtl.py
+import sceptic  # noqa: E402, F401
+
 import dtl  # noqa: E402
 
 FOLDER = Path("pairs")
