@@ -7,24 +7,14 @@
 
 Koh, Shon, Lee, Hong, Kim: "Disposable Transfer Learning for Selective Source Task Unlearning",
 ICCV 2023, arXiv 2308.09971. A network is pretrained on a source task and transferred to a target
-task. Then the source knowledge is disposed of with the Gradient Collision (GC) loss, and the target
-task is kept. Whether that worked is measured by piggyback learning (PL): an attacker retrains the
-scrubbed model on a subset of the source data, or on new downstream data, and the test accuracy
-reached is the PL accuracy. Lower is better.
+task; then the source knowledge is disposed of with the Gradient Collision (GC) loss, and the target
+task kept. Whether that worked is measured by piggyback learning (PL): an attacker retrains the
+scrubbed model on part of the source data, or on new downstream data, and the test accuracy reached
+is the PL accuracy. Lower is better.
 
     python dtl.py all                    # no GPU, no download: a minute or two
     python dtl.py all --attackers all    # three attackers, the strongest on each model counts
     python dtl.py all --gpu 0            # CIFAR-100 -> CIFAR-10, ResNet-18
-
-In the demo, five seeds, per cent (PL: fixed attacker, strongest of three; README has the command):
-
-                   target    PL, source subset    PL, new data
-    transferred    71.7      46.4  56.3           27.9  30.9
-    gc             74.2      23.1  50.9           17.8  26.1
-    gc-fresh       69.7      23.2  43.5           21.5  26.0
-    oracle         72.1      18.0  32.4           15.8  18.9
-
-So GC holds a short attack off, and not the strongest.
 
 No official code is public. What the abstract leaves open is marked OUR READING below.
 """
@@ -44,7 +34,6 @@ import shutil
 import sys
 import tempfile
 import time
-import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -64,7 +53,6 @@ import math
 import warnings
 
 import torch
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 
 def gradient_collision_loss(losses, params, *, similarity="dot"):
@@ -78,75 +66,34 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
     losses: n >= 2 tensors (), each with its graph. params: bfloat16, float32 or float64 tensors on
     one device; tied ones count once; one that a loss does not touch has a zero gradient, whose
     cosine is 0. Returns a tensor (), differentiable by params, not finite where losses or gradients
-    are not. No host synchronisation; memory grows with n. Three to five plain steps of a ResNet, up
-    to nine where layers are small and rows few. The caller sets BatchNorm and dropout mode.
-    ValueError for all else. Source: arXiv 2308.09971; dot or cos, the backbone alone and the fresh
-    head are this project's reading.
+    are not. ValueError for all else, also for operations without a right second derivative. No host
+    synchronisation. Three to five plain steps of a ResNet, and twice the memory of one on the same
+    images. Source: arXiv 2308.09971; dot or cos, backbone alone and fresh head are our reading.
 
-        head = nn.Linear(features, classes).to(device)  # random, drawn anew at every step
-        chunks = zip(source_x.chunk(4), source_y.chunk(4))
-        losses = [F.cross_entropy(head(backbone(x)), y) for x, y in chunks]
-        forget = gradient_collision_loss(losses, backbone.parameters())
-        balance.backward(retain_loss, forget, [*backbone.parameters(), *target_head.parameters()])
-    """
-    losses, params = _gc_arguments(losses, params, similarity, streamed=False)
-    value = total = 0  # total: the sum of u so far, (p,): every pair counts once, nothing cancels
-    for i, loss in enumerate(losses):
-        u = _gc_vector(i, loss, params, similarity, create_graph=True, check=i == 0)
-        value, total = value + _gc_inner(u, total) + 0 * loss.detach().to(u), total + u
-    return (value * (2 / (len(losses) * (len(losses) - 1)))).to(total.dtype)
-
-
-def streamed_gradient_collision_loss(chunk_losses, params, *, similarity="dot"):
-    """The same loss in the memory of one chunk; its backward() hands out a gradient found already.
-
-        dGC = 2/(n(n-1)) * sum_i (du_i/dparams)^T (S - u_i),   S = sum_i u_i;  S, u_i held constant
-
-    chunk_losses: n >= 2 callables without arguments, each of which computes its chunk's loss and
-    all of its graph, twice, the second time under torch's random state of the first. Where the two
-    losses differ by more than 1e-3 of their size (2e-2 in bfloat16, 1e-9 in float64), as with other
-    generators or a forward that changes state, it is a ValueError on the CPU, and elsewhere NaN,
-    value and gradient. One plain step more than the other form; no CUDA graph can capture it.
-
-    Both forms refuse operations without a right second derivative, and name a way out. Besides:
       reentrant checkpointing       checkpoint(..., use_reentrant=False)
       LSTM and GRU on CUDA          torch.backends.cudnn.flags(enabled=False) around it
       FSDP, DDP                     unsharded parameters, ddp.module.parameters()
       BatchNorm                     running_statistics_kept(model); two images a chunk (drop_last)
       Tensor.register_hook          acts on every u_i: a hook that clamps belongs elsewhere
+
+        head = nn.Linear(features, classes).to(device)  # random, drawn anew at every step
+        chunks = zip(source_x.chunk(2), source_y.chunk(2))
+        losses = [F.cross_entropy(head(backbone(x)), y) for x, y in chunks]
+        forget = gradient_collision_loss(losses, backbone.parameters())
+        balance.backward(retain_loss, forget, [*backbone.parameters(), *target_head.parameters()])
     """
-    chunk_losses, params = _gc_arguments(chunk_losses, params, similarity, streamed=True)
-    value, total, n, first = 0, 0, len(chunk_losses), []
-    state, (devices, device_states) = torch.get_rng_state(), get_device_states(params[0])
-    for i, chunk_loss in enumerate(chunk_losses):
-        loss = chunk_loss()
-        u = _gc_vector(i, loss, params, similarity, create_graph=i == 0, check=i == 0).detach()
-        first.append(loss.detach())
-        value, total = value + _gc_inner(u, total) + 0 * first[i].to(u), total + u
-    scale, gradient = 2 / (n * (n - 1)), torch.zeros_like(total)
-    kind = params[0].device.type.replace("cpu", "cuda")  # fork_rng has no "cpu"
-    with torch.random.fork_rng(devices, device_type=kind):
-        torch.set_rng_state(state)
-        set_device_states(devices, device_states, device_type=kind)
-        for i, chunk_loss in enumerate(chunk_losses):
-            loss = chunk_loss()
-            u = _gc_vector(i, loss, params, similarity, create_graph=True)
-            near = {torch.bfloat16: 2e-2, torch.float64: 1e-9}.get(loss.dtype, 1e-3)
-            same = torch.isclose(loss.detach(), first[i], near, near / 1000, equal_nan=True)
-            if same.device.type == "cpu" and not same:
-                seen = f"{first[i]:.6g}, and when called again {loss:.6g}: its forward"
-                why = "changes state, or draws from another generator than torch's"
-                raise ValueError(f"chunk {i}'s loss is {seen} {why}")
-            value = torch.where(same.to(value.device), value, math.nan)
-            if u.requires_grad:  # it does not where the loss is linear in params
-                pull = ((total - u.detach()) * scale).to(u.dtype)
-                found = torch.autograd.grad(u, params, pull, allow_unused=True)
-                gradient += _gc_flat(found, params)
-    gradient += 0 * value.to(gradient)  # NaN where the value is
-    loss = (value * scale).to(total.dtype)
-    for p, g in zip(params, gradient.split([p.numel() for p in params])):
-        loss = loss + ((p - p.detach()) * g.view_as(p)).sum()  # adds 0, of gradient g
-    return loss
+    losses, params = _gc_list("losses", losses), _gc_params(params)
+    if not torch.is_grad_enabled():
+        raise ValueError("called under no_grad or inference_mode: GC would have no gradient")
+    if similarity not in ("dot", "cos"):
+        raise ValueError(f"similarity must be 'dot' or 'cos', not {similarity!r}")
+    if len(losses) < 2:
+        raise ValueError(f"{len(losses)} chunks, 2 or more are needed: pairs collide")
+    value = total = 0  # total: the sum of u so far, (p,): every pair counts once, nothing cancels
+    for i, loss in enumerate(losses):
+        u = _gc_vector(i, loss, params, similarity)
+        value, total = value + _gc_inner(u, total) + 0 * loss.detach().to(u), total + u
+    return (value * (2 / (len(losses) * (len(losses) - 1)))).to(total.dtype)
 
 
 class Balance(torch.nn.Module):
@@ -158,23 +105,21 @@ class Balance(torch.nn.Module):
         step: a + strength * max(|a|, allowance / |theta|) / max(|b|, B) * b       (a, if |b| is 0)
 
     allowance: how large the retain loss may become, in its own unit: what the target may pay, one
-    number for every forget loss, where a weight would have to follow the forget gradient's norm
-    over orders of magnitude. strength: how hard forgetting pulls; its limits keep a step within 5
-    plain ones. allowance / |theta| starts what begins at a retain loss of exactly zero; B keeps a
-    satisfied forget loss's noise small. Balance(None, strength=2.0) regulates nothing.
+    number for every forget loss. strength: how hard forgetting pulls; its limits keep a step within
+    5 plain ones, and limits=(1.0, 1.0) hold it. allowance / |theta| starts what begins at a retain
+    loss of zero; B keeps a satisfied forget loss's noise small.
 
     state_dict() resumes exactly, and nothing waits for the device. One call is one step: add
-    micro-batches up. Under DistributedDataParallel average .grad afterwards. Use bfloat16: there is
-    nothing to scale for a GradScaler. Sources: GECO (arXiv 1810.00597), VQGAN's adaptive weight
-    (2012.09841); the constants are this project's.
+    micro-batches up. Under DistributedDataParallel average .grad afterwards; no GradScaler.
+    Sources: GECO (arXiv 1810.00597), VQGAN's adaptive weight (2012.09841); the constants are ours.
     """
 
     def __init__(self, allowance, *, strength=1.0, limits=(0.25, 4.0)):
         super().__init__()
-        numbers = [float(x) for x in (1.0 if allowance is None else allowance, strength, *limits)]
+        numbers = [float(x) for x in (allowance, strength, *limits)]
         if not all(0 < x < math.inf for x in numbers) or numbers[2] > numbers[3]:
             raise ValueError(f"allowance, strength, limits must be positive numbers, not {numbers}")
-        self.allowance, self.limits = None if allowance is None else numbers[0], numbers[2:]
+        self.allowance, self.limits = numbers[0], numbers[2:]
         for name, start in (("strength", strength), ("mean", math.nan), ("forget_norm", math.nan)):
             self.register_buffer(name, torch.tensor(float(start)))  # nan: nothing was seen yet
 
@@ -203,13 +148,12 @@ class Balance(torch.nn.Module):
 
         update(self.mean, 0.9 * self.mean + 0.1 * measured, measured)
         update(self.forget_norm, 0.95 * self.forget_norm + 0.05 * b_norm, b_norm)
-        if self.allowance is not None:
-            room = (1 - self.mean / self.allowance).clamp(-1, 1)
-            stronger = (self.strength * torch.exp(0.02 * room)).clamp(*self.limits)
-            update(self.strength, stronger, stronger)
-            start = torch.where(theta_norm > 0, self.allowance / theta_norm, 0.0)
-            a_norm = torch.maximum(a_norm, start)
-        scale = self.strength * a_norm / torch.maximum(b_norm, self.forget_norm)
+        room = (1 - self.mean / self.allowance).clamp(-1, 1)
+        stronger = (self.strength * torch.exp(0.02 * room)).clamp(*self.limits)
+        update(self.strength, stronger, stronger)
+        start = torch.where(theta_norm > 0, self.allowance / theta_norm, 0.0)
+        pull = self.strength * torch.maximum(a_norm, start)
+        scale = pull / torch.maximum(b_norm, self.forget_norm)
         scale = torch.where(finite, torch.where(b_norm == 0, 0.0, scale), math.nan)
         for gradients, factor in ((retain, 1.0), (forget, scale)):
             for p, g in zip(params, gradients):
@@ -246,69 +190,39 @@ def _gc_params(params, leaves=False):
     for k, p in enumerate(params):
         if not isinstance(p, torch.Tensor):
             raise ValueError(f"params[{k}] is a {type(p).__name__}, no tensor")
-        seen = f"params[{k}] of shape {tuple(p.shape)}, {p.dtype}, on {p.device}"
+        told = ""
         if p.dtype not in kinds:
-            raise ValueError(f"{seen}: not bfloat16, float32 or float64")
-        if p.device != params[0].device:
-            raise ValueError(f"{seen}, but params[0] on {params[0].device}: one device is needed")
-        if not p.requires_grad or leaves and not p.is_leaf:
+            told = "is not bfloat16, float32 or float64"
+        elif p.device != params[0].device:
+            told = f"is not on {params[0].device}, as params[0] is: one device is needed"
+        elif not p.requires_grad or leaves and not p.is_leaf:
             why = "is no leaf" if p.requires_grad else "does not require grad"
-            raise ValueError(f"{seen} {why}: [p for p in model.parameters() if p.requires_grad]")
+            told = f"{why}: [p for p in model.parameters() if p.requires_grad]"
+        if told:
+            raise ValueError(f"params[{k}] of shape {tuple(p.shape)}, {p.dtype}, {p.device} {told}")
     if not params:
         raise ValueError("0 params: give model.parameters(), not an iterator that was used up")
     return list({id(p): p for p in params}.values())
 
 
-def _gc_arguments(chunks, params, similarity, streamed):
-    chunks, params = _gc_list("chunks", chunks), _gc_params(params)
-    if not torch.is_grad_enabled():
-        raise ValueError("called under no_grad or inference_mode: GC would have no gradient")
-    if similarity not in ("dot", "cos"):
-        raise ValueError(f"similarity must be 'dot' or 'cos', not {similarity!r}")
-    if len(chunks) < 2:
-        raise ValueError(f"{len(chunks)} chunks, 2 or more are needed: pairs collide")
-    given = set()
-    for i, chunk in enumerate(chunks):
-        if callable(chunk) != streamed:
-            wanted = "a callable" if streamed else "a tensor; callables are for the streamed form"
-            raise ValueError(f"chunk {i} is a {type(chunk).__name__}, not {wanted}")
-        if type(chunk) is type(_gc_list):  # a plain function: its code, and what it holds
-            held = [*(chunk.__defaults__ or ()), *(chunk.__kwdefaults__ or {}).values()]
-            held += [cell.cell_contents for cell in chunk.__closure__ or ()]
-            known = (chunk.__code__, *map(id, held))
-            if known in given:
-                way = "in a loop write lambda a=a, b=b: ..., which keeps each turn's values"
-                raise ValueError(f"chunk {i} is an earlier one again: {way}")
-            given.add(known)
-    return chunks, params
-
-
-def _gc_vector(i, loss, params, similarity, create_graph=False, check=False):
+def _gc_vector(i, loss, params, similarity="dot", create_graph=True):
     """u_i: chunk i's gradient as one vector (p,), zeros where the loss touches no parameter."""
     if not isinstance(loss, torch.Tensor) or loss.dim():
         seen = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise ValueError(f"chunk {i}'s loss must be a tensor of shape (), not {seen}")
     grads = [None]
-    try:
-        if loss.requires_grad:
-            grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
-    except RuntimeError as error:
-        if "second time" in str(error):
-            told = "part of its graph was built outside the callable: compute everything inside"
-        elif "donated buffers" in str(error):
-            told = f"its graph is compiled: {_GC_WAYS['CompiledFunction']}"
-        else:
-            raise
-        raise ValueError(f"chunk {i}: {told}") from error
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
     found = [g for g in grads if g is not None]
     if not found:
         seen = "touches none of params" if loss.requires_grad else "has no graph"
         raise ValueError(f"chunk {i}'s loss {seen}: no_grad, detached or of another model?")
     if any(g.layout != torch.strided for g in found):
         raise ValueError(f"chunk {i}: a gradient is sparse: make its layer with sparse=False")
-    if check:
+    if create_graph and i == 0:
         _gc_check_second_derivative(found)
-    u = _gc_flat(grads, params)
+    pairs = zip(grads, params)
+    u = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
     u = u.to(torch.promote_types(u.dtype, torch.float32))
     if similarity == "cos":
         norm = _gc_norm(u)
@@ -340,25 +254,17 @@ def _gc_check_second_derivative(grads):
         seen.add(node)
         nodes.extend(n for n, _ in node.next_functions if n)
         name = node.name()
-        refused = name in ("torch::autograd::Error", "torch::autograd::NotImplemented")
-        if refused:
+        if name in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
             try:
                 node(*[torch.zeros(())] * len(node._input_metadata))
             except RuntimeError as error:  # it names the operation
                 name = str(error)
         elif getattr(node, "_saved_scale_grad_by_freq", False):
             name = "scale_grad_by_freq"
-        ways = [way for part, way in _GC_WAYS.items() if name.startswith(part)]
-        if refused:
-            ways = [way for part, way in _GC_WAYS.items() if part in name] + ["other operations"]
-        if ways:
-            told = f"no right second derivative ({name}): use {ways[0]}"
-            raise ValueError(f"a chunk's gradient has {told}")
-
-
-def _gc_flat(grads, params):
-    pairs = zip(grads, params)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
+        elif not name.startswith(tuple(_GC_WAYS)):
+            continue
+        way = next((way for part, way in _GC_WAYS.items() if part in name), "other operations")
+        raise ValueError(f"a chunk's gradient has no right second derivative ({name}): use {way}")
 
 
 def _gc_wide(vector):
@@ -391,8 +297,7 @@ def gradient_stats(gradients, backend="auto"):
     floats `gc_dot`, `gc_cos`, the GC loss (0 if n is 1), and `squared_norm`, the mean of |g_i|^2.
     backend: "native" (the C routine; on the CPU, n <= 1024), "torch" or "auto". Else ValueError."""
     rows, n = [g.detach().resolve_neg().contiguous() for g in gradients], len(gradients)
-    module, why = native_routine()
-    kinds = {(*g.shape, g.dtype, g.device) for g in rows}
+    kinds, (module, why) = {(*g.shape, g.dtype, g.device) for g in rows}, native_routine()
     if len(kinds) != 1 or rows[0].dim() != 1 or rows[0].dtype not in (torch.float32, torch.float64):
         raise ValueError(f"vectors (p,) float32 or float64 of one kind are needed, not {kinds}")
     native = module is not None and rows[0].device.type == "cpu" and n <= 1024
@@ -454,8 +359,6 @@ class Config:
     network: str = setting("resnet18", str, "backbone")
     augment: str = setting("crop,flip", ["crop,flip", "crop", "none"], "of training images")
     batch_size: int = setting(128, 2, "images a step")
-    precision: str = setting("auto", ["auto", "float32"], "auto: bfloat16 on CUDA")
-    no_graphs: bool = setting(False, click.BOOL, "on CUDA, launch every operation by itself")
     pretrain_steps: int = setting(15000, 0, "stage 1")
     pretrain_lr: float = setting(0.1, float, "stage 1, peak learning rate")
     transfer_steps: int = setting(1500, 0, "stage 2")
@@ -482,20 +385,16 @@ class Config:
     @property
     def oracle(self):
         """The task with more images of the target, or where there are no more, the target."""
-        asked, more = re.search(r"@(\d+)$", self.target), self.oracle_per_class
-        if not asked or 0 < more <= int(asked[1]):
+        asked, more = split_task(self.target)[3], self.oracle_per_class
+        if not asked or 0 < more <= int(asked):
             return self.target
-        return self.target[: asked.start()] + (f"@{more}" if more else "")
-
-    def mixed_on(self, device):
-        """Whether Models compute in bfloat16 there."""
-        return self.precision == "auto" and torch.device(device).type == "cuda"
+        return with_per_class(self.target, more)
 
 
 def config_options():
     for f in fields(Config):
         kind = click.Choice(list(BACKBONES)) if f.name == "network" else f.metadata["kind"]
-        how = dict(type=kind, default=f.default, is_flag=f.type is bool, show_default=True)
+        how = dict(type=kind, default=f.default, show_default=True)
         yield click.Option(["--" + f.name.replace("_", "-")], help=f.metadata["doc"], **how)
 
 
@@ -545,6 +444,11 @@ def split_task(name):
         wanted = "SET[FROM:TO]@PER_CLASS, like 'cifar100[0:80]@50'; own data needs two tasks"
         raise DTLError(f"{name!r} is no task {wanted}: --source, --target (and --downstream)")
     return match.groups()
+
+
+def with_per_class(name, count):
+    """The task's name with `count` images a class, or with 0 all."""
+    return re.sub(r"(@\d+)?$", f"@{count}" if count else "", name, count=1)
 
 
 def load_task(name, seed, data_dir="data", device="cpu", split="test", image_size=0):
@@ -603,88 +507,42 @@ def load_set(name, data_dir):
 NPZ = dict(  # the arrays of an .npz file: our names and Keras', and MedMNIST's
     x_train="train_images", y_train="train_labels", x_test="test_images", y_test="test_labels"
 )
-RENUMBERED = "np.unique(y, return_inverse=True)[1], labels from 0 without a gap"
-FAULTS = (  # of images x or labels y by shape and dtype: what to write instead, and when
-    ("x", "np.stack(x), all of one size", lambda x: x.dtype.hasobject),
-    ("x", "x.transpose(0, 2, 3, 1)", lambda x: x.ndim == 4 and x.shape[3] > 4 > x.shape[1]),
-    ("x", "x[..., :3]", lambda x: x.shape[3:] == (4,)),
-    ("x", "images (N, H, W, 3) or (N, H, W)", lambda x: x.ndim < 3 or not x.size),
-    ("x", "images (N, H, W, 3) or (N, H, W)", lambda x: x.shape[3:] not in ((), (1,), (3,))),
-    ("x", "(255 * x).astype(np.uint8) if x is of 0 to 1", lambda x: x.dtype.kind == "f"),
-    ("x", "x.astype(np.uint8), of 0 to 255", lambda x: x.dtype != np.uint8),
-    ("y", RENUMBERED, lambda y: y.dtype.kind in "OSU"),
-    ("y", "y.argmax(1)", lambda y: y.ndim == 2 and y.shape[1] > 1),
-    ("y", "y.astype(np.int64)", lambda y: y.dtype.kind not in "iu"),
-    ("y", "labels (N,)", lambda y: y.ndim not in (1, 2) or not y.size),
+FORM = (
+    "images x (N, H, W, 3) or grey (N, H, W) uint8 of 0 to 255, and labels y (N,) integers from 0"
 )
-VALUE_FAULTS = (
-    ("x", "255 * x", lambda x: x.max() < 2),
-    ("y", RENUMBERED, lambda y: y.min() < 0 or len(np.unique(y)) <= y.max()),
-)
-
-
-def refuse_faults(path, faults, arrays):
-    for (name, array), (kind, instead, wrong) in itertools.product(arrays.items(), faults):
-        if name[0] == kind and wrong(array):
-            values = f" of {array.min()} to {array.max()}" if faults is VALUE_FAULTS else ""
-            seen = f"{name} is {array.dtype} {array.shape}{values}"
-            raise DTLError(f"{path}: {seen}; write instead {instead}")
-
-
-def header(file):
-    """An array of the shape and dtype that a .npy file announces, which takes no memory."""
-    file = io.BytesIO(file.read(1 << 14))
-    if np.lib.format.read_magic(file) == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    else:
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    return np.broadcast_to(np.empty((), dtype), shape)
-
-
-def members(path, read):
-    """{our name: read(file)} of the arrays that an .npz file has."""
-    found = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            there = archive.namelist()
-            for name, also in NPZ.items():
-                stored = f"{name if f'{name}.npy' in there else also}.npy"
-                if stored in there:
-                    with archive.open(stored) as file:
-                        found[name] = read(file)
-    except Exception as error:  # zipfile and numpy raise a dozen kinds for a damaged file
-        raise DTLError(f"{path}: no readable .npz ({type(error).__name__}: {error})") from None
-    return found
-
-
-def memory():
-    """GiB that this machine has, or infinity where it does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 def read_npz(path):
     """Own data: x_train, x_test (N, H, W, 3) uint8, or grey (N, H, W) or (N, H, W, 1); y_train,
     y_test (N,) or (N, 1) integers from 0. Gives the images as views (N, 3 or 1, H, W)."""
-    found = members(path, header)
-    if len(found) < len(NPZ):
-        needed = f"{', '.join(NPZ)} (or {', '.join(NPZ.values())}) are needed"
-        raise DTLError(f"{path}: {needed}, not {', '.join(found) or 'none of them'}")
-    refuse_faults(path, FAULTS, found)
+    found = {}
+    try:
+        with np.load(path) as file:
+            for name, also in NPZ.items():
+                found[name] = file[name if name in file else also]
+    except Exception as error:  # zipfile and numpy raise a dozen kinds for a damaged file
+        told = f"an .npz file needs {', '.join(NPZ)}; {FORM}"
+        raise DTLError(f"{path}: {told} ({type(error).__name__}: {error})") from None
+    for name, array in found.items():
+        if name.startswith("x"):
+            fits = array.dtype == np.uint8 and array.shape[3:] in ((), (1,), (3,))
+            fits = fits and array.ndim > 2 and array.size and array.max() > 1
+        else:
+            fits = array.dtype.kind in "iu" and array.size and array.shape[:1] == (array.size,)
+        if not fits:
+            numbers = array.size and array.dtype.kind in "iuf"
+            values = f" of {array.min()} to {array.max()}" if numbers else ""
+            raise DTLError(f"{path}: {name} is {array.dtype} {array.shape}{values}, not {FORM}")
     x, y, x_test, y_test = found.values()
     if len(x) != len(y) or len(x_test) != len(y_test) or x.shape[1:] != x_test.shape[1:]:
         seen = ", ".join(f"{name} {array.shape}" for name, array in found.items())
         raise DTLError(f"{path}: a label for each image, and one size, are needed, not {seen}")
-    need = 2 * (x.nbytes + x_test.nbytes) / 2**30
-    if need > memory():
-        there = f"of which there are {memory():.0f}: write them smaller"
-        raise DTLError(f"{path}: its images need {need:.0f} GiB of memory, {there}")
-    x, y, x_test, y_test = members(path, np.lib.format.read_array).values()
     y, y_test = y.ravel().astype(np.int64), y_test.ravel().astype(np.int64)
-    values = dict(x_train=x, x_test=x_test, y_train_and_test=np.concatenate([y, y_test]))
-    refuse_faults(path, VALUE_FAULTS, values)
+    classes = np.unique(np.concatenate([y, y_test]))
+    if classes[0] or classes[-1] >= len(classes):
+        seen = f"{len(classes)} labels of {classes[0]} to {classes[-1]}"
+        way = "np.unique(y, return_inverse=True)[1] numbers them without a gap"
+        raise DTLError(f"{path}: {seen}, not 0 to {len(classes) - 1}: {way}")
     x, x_test = (part.reshape(*part.shape[:3], -1).transpose(0, 3, 1, 2) for part in (x, x_test))
     return x, y, x_test, y_test
 
@@ -705,8 +563,6 @@ def read_cifar(name, data_dir):
     folder, *files, labels = CIFAR[name]
     folder, size, arrays = data_dir / folder, labels + 3072, []
     if not folder.is_dir():
-        if any(data_dir.glob(f"{name}*py*")):
-            warn(f"{data_dir} has CIFAR's Python version; the binary one is read here")
         download(f"https://www.cs.toronto.edu/~kriz/{name}-binary.tar.gz", SHA256[name], folder)
     for pattern, count in zip(files, (50000, 10000)):
         records = b"".join(path.read_bytes() for path in sorted(folder.glob(pattern)))
@@ -735,10 +591,28 @@ def download(address, sha256, folder):
             os.replace(os.path.join(scratch, folder.name), folder)
 
 
+def outline(c, u, v):
+    """Negative where class c's shape is painted: one of eight contours in one of four textures."""
+    r, t = np.hypot(u, v), np.arctan2(v, u)
+    wide, narrow = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
+    contours = [
+        r - 0.9,  # disc
+        np.maximum(abs(u), 2.2 * abs(v)) - 1,  # bar
+        r * np.cos((t + np.pi) % (2 * np.pi / 3) - np.pi / 3) - 0.55,  # triangle
+        wide - 0.8,  # square
+        r - 0.7 - 0.3 * np.cos(5 * t),  # star
+        np.maximum(wide, 3 * narrow) - 1,  # cross
+        np.maximum(r - 1, 0.75 - np.hypot(u - 0.6, v)),  # crescent
+        r - 0.65 - 0.35 * np.cos(3 * t),  # trefoil
+    ]
+    contour = contours[c % 8]  # then filled, striped, an outline, chequered
+    cuts = [contour, np.sin(9 * u), -contour - 0.35, np.sin(7 * u) * np.sin(7 * v)]
+    return np.maximum(contour, cuts[c // 8])
+
+
 def draw_shapes(per_class, seed):
-    """Eight contours (class % 8) in four textures (class // 8: filled, striped, grey outlines,
-    chequered), in any place, angle, size and colours. x (32 * per_class, 3, 16, 16) uint8, y int64.
-    Drawn in float64: float32 differs from one kind of CPU to another."""
+    """32 classes, in any place, angle, size and colours: x (32 * per_class, 3, 16, 16) uint8, y
+    int64. Drawn in float64: float32 differs from one kind of CPU to another."""
     rng, y = np.random.default_rng(seed), np.repeat(np.arange(32), per_class)
 
     def uniform(low, high, channels=1):
@@ -750,24 +624,9 @@ def draw_shapes(per_class, seed):
     dx, dy = (across - shift[:, 0]) / radius, (down - shift[:, 1]) / radius  # (N, 16, 16)
     u = dx * np.cos(angle) + dy * np.sin(angle)
     v = dy * np.cos(angle) - dx * np.sin(angle)
-    contours = [  # negative inside: disc, bar, triangle, square, star, cross, crescent, trefoil
-        lambda u, v, r, t: r - 0.9,
-        lambda u, v, r, t: np.maximum(abs(u), 2.2 * abs(v)) - 1,
-        lambda u, v, r, t: r * np.cos((t + np.pi) % (2 * np.pi / 3) - np.pi / 3) - 0.55,
-        lambda u, v, r, t: np.maximum(abs(u), abs(v)) - 0.8,
-        lambda u, v, r, t: r - 0.7 - 0.3 * np.cos(5 * t),
-        lambda u, v, r, t: (
-            np.maximum(np.maximum(abs(u), abs(v)), 3 * np.minimum(abs(u), abs(v))) - 1
-        ),
-        lambda u, v, r, t: np.maximum(r - 1, 0.75 - np.hypot(u - 0.6, v)),
-        lambda u, v, r, t: r - 0.65 - 0.35 * np.cos(3 * t),
-    ]
-    mask = np.empty((len(y), 16, 16))  # negative where painted
+    mask = np.empty((len(y), 16, 16))
     for c in range(32):
-        a, b = u[y == c], v[y == c]
-        contour = contours[c % 8](a, b, np.hypot(a, b), np.arctan2(b, a))
-        cuts = (contour, np.sin(9 * a), -contour - 0.35, np.sin(7 * a) * np.sin(7 * b))
-        mask[y == c] = np.maximum(contour, cuts[c // 8])
+        mask[y == c] = outline(c, u[y == c], v[y == c])
     mask = np.clip(0.5 - mask * radius * 4, 0, 1)[:, None]  # soft edges
     ground, paint = uniform(0, 1, 3), uniform(0, 1, 3)
     paint = np.where(abs(paint - ground) < 0.25, (ground + 0.5) % 1, paint)
@@ -930,15 +789,14 @@ BACKBONES = {  # name -> function that gives a module, (B, 3, H, W) float -> (B,
 
 
 class Model(nn.Module):
-    """A backbone and a linear head: (B, 3, H, W) float -> (B, classes) float32."""
+    """A backbone and a linear head: (B, 3, H, W) float -> (B, classes)."""
 
-    def __init__(self, backbone, head, mixed=False):
+    def __init__(self, backbone, head):
         super().__init__()
-        self.backbone, self.head, self.mixed = backbone, head, mixed  # mixed: bfloat16 inside
+        self.backbone, self.head = backbone, head
 
     def forward(self, x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed):
-            return self.head(self.backbone(x)).float()
+        return self.head(self.backbone(x))
 
 
 def new_backbone(network, seed, device):
@@ -966,7 +824,7 @@ def with_new_head(backbone, task, config, seed):
     if features.dim() != 2:
         raise DTLError(f"a backbone must give (B, features), not {tuple(features.shape)}")
     head = new_head(features.shape[1], task.classes, generator)
-    return Model(backbone, head, config.mixed_on(task.x.device))
+    return Model(backbone, head)
 
 
 @torch.no_grad()
@@ -989,63 +847,34 @@ LOG.setLevel(logging.INFO)
 
 def one_cycle(steps, peak):
     """A list of learning rates: up to the peak in a quarter of the steps, half a cosine down."""
-    if steps < 1:
-        raise DTLError("0 steps: by the size of the data only in a run; a script must say how many")
     done = [(step + 1) / (steps + 1) for step in range(steps)]
     down = [0.5 * (1 + math.cos(math.pi * (d - 0.25) / 0.75)) for d in done]
     return [peak * (4 * d if d < 0.25 else fall) for d, fall in zip(done, down)]
 
 
-class Graph:
-    """A function without arguments that returns a tensor, as a CUDA graph. The first calls run it,
-    while libraries choose their algorithms; then it is recorded, and launched as one."""
-
-    def __init__(self, function, generator):
-        self.function, self.generator, self.calls = function, generator, 0
-
-    def __call__(self):
-        self.calls += 1
-        if self.calls <= 3:
-            return self.function()
-        if self.calls == 4:
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph):
-                self.result = self.function()
-        self.graph.replay()
-        return self.result.clone()
-
-
-def train(model, step_loss, schedule, seed, graph=True, inspect=None):
+def train(model, step_loss, schedule, seed, inspect=None):
     """Trains what of `model` requires grad, by SGD with Nesterov momentum and a list of learning
     rates, one a step. step_loss(generator) draws a batch, backpropagates, and returns its terms by
-    name, tensors () that stay on the device. The generator is seeded anew by (seed, step). graph:
-    on CUDA, a step is one graph. inspect(generator) gives more numbers to log."""
+    name, tensors () that stay on the device. The generator is seeded anew by (seed, step).
+    inspect(generator) gives more numbers to log."""
     params, steps = [p for p in model.parameters() if p.requires_grad], len(schedule)
     how = dict(momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True)
     optimizer = torch.optim.SGD(params, schedule[0], **how)
-    generator, names, terms = torch.Generator(params[0].device), [], []
-
-    def gradients():
-        optimizer.zero_grad()
-        row = step_loss(generator)
-        row["gradient"] = nn.utils.clip_grad_norm_(params, CLIP)
-        names[:] = row
-        return torch.stack([term.detach().float() for term in row.values()])
-
-    if graph and generator.device.type == "cuda":
-        gradients = Graph(gradients, generator)
+    generator, terms = torch.Generator(params[0].device), []
     model.train()
     began = time.monotonic()
     LOG.info(dict(step=0, steps=steps))
     for step, rate in enumerate(schedule):
         optimizer.param_groups[0]["lr"] = rate
         generator.manual_seed(stream(seed, step))
-        terms.append(gradients())
+        optimizer.zero_grad()
+        row = step_loss(generator)
+        row["gradient"] = nn.utils.clip_grad_norm_(params, CLIP)
+        terms.append(torch.stack([term.detach().float() for term in row.values()]))
         optimizer.step()
         if (step + 1) % LOOK_EVERY and step + 1 < steps:
             continue
-        means = dict(zip(names, torch.stack(terms).mean(0).tolist()))
+        means = dict(zip(row, torch.stack(terms).mean(0).tolist()))
         if not all(map(math.isfinite, means.values())):
             told = f"not finite in steps {step + 2 - len(terms)} to {step + 1}: {means}"
             raise DTLError(f"{told}; a smaller learning rate or allowance may help")
@@ -1065,7 +894,7 @@ def fit(model, task, schedule, config, seed):
         loss.backward()
         return {"loss": loss}
 
-    train(model, step_loss, schedule, seed, not config.no_graphs)
+    train(model, step_loss, schedule, seed)
     return model
 
 
@@ -1131,10 +960,12 @@ def dispose(pretrained, transferred, source, target, method, config, seed):
         with running_statistics_kept(student):
             losses = chunk_losses(student.backbone, head, *source_batch(generator), c.chunks)
             params = list(student.backbone.parameters())
-            stats = gradient_stats([_gc_vector(0, loss, params, "dot") for loss in losses])
+            stats = gradient_stats(
+                [_gc_vector(0, loss, params, create_graph=False) for loss in losses]
+            )
         return {name: value for name, value in stats.items() if name != "gram"}
 
-    train(student, step_loss, schedule, seed, not c.no_graphs, inspect)
+    train(student, step_loss, schedule, seed, inspect)
     return student
 
 
@@ -1179,8 +1010,7 @@ def gradient_collision(context, with_head=False):
 
 def uniform_labels(context):
     """KL(uniform || student) through the pretrained source head."""
-    student = context.student
-    logits = Model(student.backbone, context.source_head, student.mixed)(context.x)
+    logits = context.source_head(context.student.backbone(context.x))
     return -F.log_softmax(logits, 1).mean() - math.log(logits.shape[1])
 
 
@@ -1237,7 +1067,6 @@ ATTACKERS = {  # name -> function of (backbone, its own to change; task; config;
 # ---- One run, one folder: what is there is used, what is missing is made ----
 # OUT: config.json, results.jsonl, log.jsonl, report.md, seed0/gc.pt
 
-PIGGYBACK_TASKS = ("source-subset", "downstream")
 REFERENCES = ("scratch", "oracle", "transferred")
 MADE_FROM = {"pretrained": [], "scratch": [], "oracle": [], "transferred": ["pretrained"]}
 RESULT = ("seed", "model", "metric", "task", "attacker")  # of a value in results.jsonl
@@ -1272,11 +1101,11 @@ def load(path):
     """The state saved at `path`, on the CPU, or DTLError."""
     data = Path(path).read_bytes()
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise DTLError(f"{path} is damaged")
+        raise DTLError(f"{path} is damaged: delete it, and it is made anew")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def load_model(path, device="cpu", mixed=False, **expected):
+def load_model(path, device="cpu", **expected):
     """A Model that a run saved, as in dtl.load_model("runs/demo/seed0/gc.pt"), to be evaluated."""
     saved = load(path)
     for name, value in expected.items():
@@ -1284,7 +1113,7 @@ def load_model(path, device="cpu", mixed=False, **expected):
             raise DTLError(f"{path}: {name} {saved.get(name)}, not {value}: give another --out")
     classes, features = saved["state"]["head.weight"].shape
     head = nn.Linear(features, classes, device=device)
-    model = Model(new_backbone(saved["network"], 0, device), head, mixed)
+    model = Model(new_backbone(saved["network"], 0, device), head)
     model.load_state_dict(saved["state"])
     return model.eval()
 
@@ -1306,8 +1135,8 @@ def describe(config):
 def check_folder(out, now):
     """Refuses a folder made with other settings or data; warns of one made by other code."""
     path, differ = out / "config.json", {}
-    if not path.exists():
-        return
+    if not path.exists() or not any(out.glob("seed*/*.pt")):  # what made nothing blocks nothing
+        return path.unlink(missing_ok=True)
     try:
         before = json.loads(path.read_text())
         for part, new in now.items():
@@ -1316,9 +1145,6 @@ def check_folder(out, now):
             differ[part] = "; ".join(f"{k} {old.get(k)}, not {new.get(k)}" for k in names)
     except NOT_OURS:
         raise DTLError(f"{path} is damaged, or not ours: give another --out") from None
-    if not any(out.glob("seed*/*.pt")):
-        path.unlink()  # what made nothing blocks nothing
-        return
     if differ["settings"]:
         way = "give another --out (a copy of its seed*/pretrained.pt there is a start)"
         raise DTLError(f"{out}: {way}: it was made with {differ['settings']}")
@@ -1341,13 +1167,7 @@ def read_results(out):
 
 
 def tidy(out):
-    """Before anything is made: damaged files go, and with each missing model its results."""
-    for path in sorted(out.glob("seed*/*.pt")):
-        try:
-            load(path)
-        except DTLError as error:
-            warn(f"{error.message}; it is made anew")
-            path.unlink()
+    """Before anything is made: lines of results go that are damaged or of a missing model."""
     path, found = out / "results.jsonl", read_results(out)
     kept = [key for key in found if (out / f"seed{key[0]}" / f"{key[1]}.pt").exists()]
     lines = b"".join(result_line(key, found[key]) for key in kept)
@@ -1389,18 +1209,18 @@ class Watch(logging.Handler):
 class Run:
     """One seed of a folder: every model by its name, every measurement, made once and kept."""
 
-    def __init__(self, out, config, seed, data_dir="data", device="cpu"):
+    def __init__(self, out, config, seed, data_dir="data", device="cpu", described=None):
         self.out, self.seed, self.device, c = Path(out), seed, device, config
-        self.given, self.results = config, read_results(out)
+        self.described, self.results = described or describe(config), read_results(out)
         names = dict(source=c.source, target=c.target, oracle=c.oracle)
         if c.downstream:
             names["downstream"] = c.downstream
         where = (seed, data_dir, device, c.split, c.image_size)
         self.tasks = {task: load_task(name, *where) for task, name in names.items()}
         there = int(torch.bincount(self.tasks["source"].y).min())
-        subset = re.sub(r"(@\d+)?$", f"@{min(there, c.subset_per_class)}", c.source, count=1)
+        by_size = dict(subset_per_class=min(there, c.subset_per_class))
+        subset = with_per_class(c.source, by_size["subset_per_class"])
         self.tasks["source-subset"] = load_task(subset, *where)
-        by_size = {}
         for name, (task, passes, least) in PASSES.items():
             if getattr(c, name) == 0:
                 by_size[name] = max(least, passes * (len(self.tasks[task].y) // c.batch_size))
@@ -1413,9 +1233,9 @@ class Run:
         if not path.exists():
             earlier = [self.model(m) for m in MADE_FROM.get(name, ["pretrained", "transferred"])]
             if not (settings := self.out / "config.json").exists():
-                write(settings, json.dumps(describe(self.given), indent=1).encode())
+                write(settings, json.dumps(self.described, indent=1).encode())
             save(path, kind | dict(state=self.make(name, earlier).state_dict()))
-        return load_model(path, self.device, c.mixed_on(self.device), **kind)
+        return load_model(path, self.device, **kind)
 
     def make(self, name, earlier):
         LOG.info(dict(stage=f"seed {self.seed} {name}"))
@@ -1464,8 +1284,8 @@ def collect(results, seeds, models, tasks, attackers):
             for a in attackers:
                 found[m, task, a] = [100 * results[s, m, "pl_accuracy", task, a] for s in seeds]
             if len(attackers) > 1:
-                by = (found[m, task, a] for a in attackers)
-                found[m, task, "strongest"] = max(by, key=np.mean)
+                by_attacker = (found[m, task, a] for a in attackers)
+                found[m, task, "strongest"] = max(by_attacker, key=np.mean)
     return found
 
 
@@ -1492,26 +1312,23 @@ def table(numbers):
 def in_words(numbers):
     """A sentence a method, and one for whatever makes a comparison unfair."""
     lines, mean = [], {key: round(np.mean(values), 9) for key, values in numbers.items()}
-    target = {key[0]: value for key, value in mean.items() if key[1] == "target"}
-    apart = target.get("oracle", target["transferred"]) - target["transferred"]
+    before = mean["transferred", "target"]
+    apart = mean.get(("oracle", "target"), before) - before
     if abs(apart) > 3:
         told = f"oracle stands {apart:+.1f} points from transferred on the target task"
         lines.append(f"- {told}, too far to compare: --oracle-per-class sets its images.")
-    for m in (m for m in target if m not in REFERENCES):
-        by_task = {}
+    for m in dict.fromkeys(key[0] for key in mean if key[0] not in REFERENCES):
+        gets = {}
         for (model, task, *attacker), value in mean.items():
             if model != m or not attacker:
                 continue
-            by_task[task] = max(value, by_task.get(task, 0))
-            oracle = mean.get(("oracle", task, *attacker), -math.inf)
-            if attacker[0] != "strongest" and value < oracle - 3:
+            gets[task] = f"{value:.1f}% on {task}"  # of several attackers the strongest comes last
+            if value < mean.get(("oracle", task, *attacker), 0) - 3 and attacker != ["strongest"]:
                 told = f"- {m}, {attacker[0]} on {task}: over 3 points less than from oracle"
                 why = "a broken starting point, not forgetting: look at the other attackers"
                 lines.append(f"{told}, {why}.")
-        gets = " and ".join(f"{value:.1f}% on {task}" for task, value in by_task.items())
-        change = f"{target[m] - target['transferred']:+.1f} points"
-        told = f"- {m} changes target accuracy by {change}; the strongest attacker gets"
-        lines.append(f"{told} {gets}.")
+        told = f"- {m} changes target accuracy by {mean[m, 'target'] - before:+.1f} points"
+        lines.append(f"{told}; the strongest attacker gets {' and '.join(gets.values())}.")
     return lines
 
 
@@ -1522,7 +1339,8 @@ def report(out, config, about, seeds, models, tasks, attackers):
     lines = [
         f"Source {c.source}, target {c.target}, downstream {c.downstream or '-'}; "
         f"{c.network}; {c.split} images; seeds {seeds}.",
-        "PL accuracy: what an attacker gets by retraining. ±: half of a 95% t-interval over seeds.",
+        f"PL accuracy: what an attacker gets by retraining, source-subset: {c.subset_per_class} "
+        "images a class. ±: half of a 95% t-interval over seeds.",
     ]
     lines += ["", *table(numbers), "", *in_words(numbers), "", *(f"    {line}" for line in about)]
     text = "\n".join([*lines, ""])
@@ -1533,28 +1351,23 @@ def report(out, config, about, seeds, models, tasks, attackers):
 # ---- The command line ----
 
 
-def find_device(gpu, precision):
-    if gpu is None:
-        return torch.device("cpu")
+def find_device(gpu):
     count = torch.cuda.device_count()
-    if gpu >= count:
+    if gpu is not None and gpu >= count:
         seen = f"this PyTorch ({torch.__version__}) sees {count} CUDA devices, numbered from 0"
         raise DTLError(f"--gpu {gpu}: {seen}; leave it out for the CPU")
-    torch.backends.cudnn.allow_tf32 = precision == "auto"
-    return torch.device("cuda", gpu)
+    return torch.device("cpu" if gpu is None else f"cuda:{gpu}")
 
 
 def names_in(option, text, known):
-    """NAME,NAME,... of what is known, each once, or all; method 'gc@1.0' is written gc@1."""
+    """NAME,NAME,... of what is known, or all; method 'gc@1.0' is written gc@1."""
     names = list(known) if text == "all" else text.split(",")
     if known is METHODS:
         pairs = [split_method(name) for name in names]
         names = [f"{name}@{a:g}" if a else name for name, a in pairs]
     elif set(names) - set(known):
         raise DTLError(f"{option} {text!r}: not a list of {', '.join(known)}, or all")
-    if len(set(names)) < len(names):
-        raise DTLError(f"{option} {text!r}: each once")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings):
@@ -1563,7 +1376,7 @@ def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings
         for name in CIFAR:
             read_cifar(name, data_dir)
         return click.echo(f"{data_dir}: {', '.join(CIFAR)}")
-    config, device = Config(**settings), find_device(gpu, settings["precision"])
+    config, device = Config(**settings), find_device(gpu)
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", seeds):
         raise DTLError(f"--seeds {seeds!r}: not a list of whole numbers like 0,1,2")
     seeds = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
@@ -1576,50 +1389,29 @@ def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings
         models += methods
     out = out or Path(os.environ.get("DTL_OUT", "runs"), preset)
     about = about_this(device)
-    check_folder(out, describe(config))
+    described = describe(config)
+    check_folder(out, described)
     tidy(out)
     there = [str(path.relative_to(out)) for path in sorted(out.glob("seed*/*.pt"))]
     click.echo("\n".join([*about, f"{out}: {', '.join(there) or 'nothing is there yet'}"]))
-    runs = [Run(out, config, seed, data_dir, device) for seed in seeds]
+    runs = [Run(out, config, seed, data_dir, device, described) for seed in seeds]
     load_set.cache_clear()
-    warn_of(runs[0].tasks, config)
-    tasks = [task for task in PIGGYBACK_TASKS if task in runs[0].tasks]
-    if stage not in ("all", "piggyback"):
-        tasks = []
+    tasks = []
+    if stage in ("all", "piggyback"):
+        tasks = [task for task in ("source-subset", "downstream") if task in runs[0].tasks]
     LOG.addHandler(Watch(out))
     for one, model in itertools.product(runs, ["pretrained", *models]):
         one.measure(model, "source_accuracy" if model == "pretrained" else "target_accuracy")
         for task, attacker in itertools.product(tasks, attackers if model in models else ()):
             one.measure(model, "pl_accuracy", task, attacker)
     if tasks:
-        click.echo(report(out, config, about, seeds, models, tasks, attackers))
+        click.echo(report(out, runs[0].config, about, seeds, models, tasks, attackers))
         click.echo(f"wrote {out / 'report.md'}, {out / 'results.jsonl'}")
-
-
-def warn_of(tasks, config):
-    """What is likely to be a mistake, or slow."""
-    seen = {}
-    for name in (name for name in ("source", "target", "downstream") if name in tasks):
-        images = itertools.chain(tasks[name].x.cpu(), tasks[name].x_test.cpu())
-        seen[name] = {hash(image.numpy().tobytes()) for image in images}
-    pairs = itertools.combinations(seen, 2)
-    shared = {f"{one} and {other}": len(seen[one] & seen[other]) for one, other in pairs}
-    if any(shared.values()):
-        warn("images in common: " + ", ".join(f"{pair} {n}" for pair, n in shared.items() if n))
-    per_class = len(tasks["source-subset"].y) // tasks["source"].classes
-    if per_class < config.subset_per_class:
-        asked = f"all that there are, not --subset-per-class {config.subset_per_class}"
-        warn(f"the attacker has {per_class} source images a class, {asked}")
-    side = max(tasks["source"].x.shape[2:])
-    if side > 64 and not config.image_size:
-        warn(f"images of {side} pixels take long: --image-size 64 shrinks them")
 
 
 def about_this(device):
     """The command, and what runs it."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    if torch.backends.mps.is_available():
-        machine += " (its Apple GPU is not used)"
     parts = [
         f"dtl.py {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"numpy {np.__version__}; {machine}, {torch.get_num_threads()} threads",
@@ -1641,6 +1433,7 @@ class Command(click.Command):
         return super().parse_args(context, args)
 
     def invoke(self, context):
+        LOG.handlers[:] = [h for h in LOG.handlers if not isinstance(h, Watch)]
         try:
             return super().invoke(context)
         except OSError as error:
@@ -1649,12 +1442,8 @@ class Command(click.Command):
             told = f"a smaller --batch-size or --chunk-size may do: {error}"
         except DTLError as error:
             told = error.message
-        finally:
-            watches = [handler for handler in LOG.handlers if isinstance(handler, Watch)]
-            for watch in watches:
-                LOG.removeHandler(watch)
-        stage = [f"{watch.stage}: " for watch in watches if watch.stage]
-        raise DTLError("".join(stage) + told)
+        stages = [f"{h.stage}: " for h in LOG.handlers if isinstance(h, Watch) and h.stage]
+        raise DTLError("".join(stages) + told)
 
 
 def main(args=None, **extra):

@@ -49,7 +49,7 @@ def gentle(backbone, task, config, seed, times=20, lr=0.1):
         return {"loss": loss}
 
     schedule = dtl.one_cycle(times * config.attack_steps, lr)
-    dtl.train(model, step_loss, schedule, seed, graph=not config.no_graphs)
+    dtl.train(model, step_loss, schedule, seed)
     return model
 
 

@@ -7,7 +7,6 @@ meets all (but torch in float64 and TorchJD, which take much longer and go last)
 a GPU, `loss cpu resnet18` another network.
 """
 
-import functools
 import multiprocessing
 import platform
 import resource
@@ -28,7 +27,7 @@ try:
 except ImportError:
     compute_gramian = None
 
-FORMS = "SGD step", "gradient_collision_loss", "streamed_gradient_collision_loss"
+FORMS = "SGD step", "gradient_collision_loss"
 
 
 def machine(device):
@@ -49,7 +48,7 @@ def medians(*work, times):
 
 
 def prepare_step(form, chunks, chunk_size, network, device):
-    """A step on chunks * chunk_size random 16x16 images: plain SGD, or GC in either form."""
+    """A step on chunks * chunk_size random 16x16 images: plain SGD, or GC."""
     backbone, images = dtl.new_backbone(network, 0, device), chunks * chunk_size
     x = torch.randn(images, 3, 16, 16, device=device)
     y = torch.arange(images, device=device) % 80
@@ -59,14 +58,12 @@ def prepare_step(form, chunks, chunk_size, network, device):
     def part(x, y):
         return F.cross_entropy(model(x), y)
 
-    parts = [functools.partial(part, *of) for of in zip(x.chunk(chunks), y.chunk(chunks))]
+    parts = list(zip(x.chunk(chunks), y.chunk(chunks)))
 
     def forget():
         if form == "SGD step":
             return part(x, y)
-        if form == "gradient_collision_loss":
-            return dtl.gradient_collision_loss([f() for f in parts], params)
-        return dtl.streamed_gradient_collision_loss(parts, params)
+        return dtl.gradient_collision_loss([part(*of) for of in parts], params)
 
     def step():
         optimizer.zero_grad()
@@ -97,7 +94,7 @@ def peak_memory(form, chunks, chunk_size, network, device):
 
 
 def loss(device="cpu", network="resnet8", repeats=7):
-    """Time and peak memory of both forms of the GC loss beside an SGD step on the same images."""
+    """Time and peak memory of the GC loss beside an SGD step on the same images."""
     device, sizes = torch.device(device), ((8, 64), (4, 16), (32, 16))
     # In children, before anything is done here: a child's peak starts at its parent's.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -21,7 +21,7 @@ import dtl  # noqa: E402
 
 def source_answers(model, context):
     """Log-probabilities (B, source classes) of a Model through the frozen source head."""
-    logits = dtl.Model(model.backbone, context.source_head, model.mixed)(context.x)
+    logits = context.source_head(model.backbone(context.x))
     return F.log_softmax(logits, 1)
 
 

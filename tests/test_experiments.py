@@ -12,6 +12,8 @@ import pytest
 
 import dtl
 
+TASKS = ("source-subset", "downstream")
+
 RIVALS = "neggrad random-labels bad-teacher scrub gradient-norm gc-head gc-source-head".split()
 RIVALS += ["random-labels-fresh", "gradient-norm-fresh"]
 ATTACKERS = "low high longer adamw gentle few ridge sceptic".split()
@@ -69,13 +71,13 @@ def test_recount_and_picture(script, tmp_path):
     """The table is the report's; differences are of pairs, ± 3.18 standard errors of four seeds."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     rng, seeds, models = np.random.default_rng(0), range(4), [*dtl.REFERENCES, "gc", "gc-fresh@0.5"]
-    what = [("pl_accuracy", task, a) for task in dtl.PIGGYBACK_TASKS for a in ("fixed", "long")]
+    what = [("pl_accuracy", task, a) for task in TASKS for a in ("fixed", "long")]
     what.append(("target_accuracy", None, None))
     keys = [(seed, model, *w) for seed in seeds for model in models for w in what]
     results = {key: rng.integers(800) / 800 for key in keys}
     lines = [json.dumps(dict(zip(dtl.RESULT, key), value=v)) for key, v in results.items()]
     (tmp_path / "results.jsonl").write_text("\n".join(lines))
-    numbers = dtl.collect(results, seeds, models, dtl.PIGGYBACK_TASKS, ["fixed", "long"])
+    numbers = dtl.collect(results, seeds, models, TASKS, ["fixed", "long"])
     printed = script("recount.py", tmp_path).splitlines()
     assert printed[: len(models) + 2] == dtl.table(numbers)
     change = np.subtract(numbers["gc", "target"], numbers["gc-fresh@0.5", "target"])
@@ -83,7 +85,7 @@ def test_recount_and_picture(script, tmp_path):
     assert f"| gc - gc-fresh@0.5  | {change.mean():+.1f} ± {half:.1f} " in printed[-1]
     script("picture.py", tmp_path, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    for panel, task in zip(pyplot.gcf().axes, dtl.PIGGYBACK_TASKS):
+    for panel, task in zip(pyplot.gcf().axes, TASKS):
         assert set(models[1:]) < {text.get_text() for text in panel.texts}
         for m in models[1:]:  # all but scratch
             point = np.mean(numbers[m, "target"]), np.mean(numbers[m, task, "strongest"])

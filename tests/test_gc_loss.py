@@ -1,4 +1,4 @@
-"""The Gradient Collision loss, both forms: against brute force; its properties, what it refuses."""
+"""The Gradient Collision loss: against brute force; its properties, what it refuses."""
 
 import itertools
 import math
@@ -21,19 +21,18 @@ SYNCHRONISING = set(
 )
 
 
-def from_losses(losses, params, **how):
+def collision(losses, params, **how):
+    """Of callables, each of which computes a chunk's loss."""
     return dtl.gradient_collision_loss([f() for f in losses], params, **how)
 
 
-FORMS = dict(loss=from_losses, streamed=dtl.streamed_gradient_collision_loss)
-each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 each_similarity = pytest.mark.parametrize("similarity", SIMILARITIES)
 seeds, few = st.integers(0, 2**31), st.integers(2, 7)
 
 
-def evaluate(form, losses, params, similarity="dot"):
-    """The value of a form, and its gradient."""
-    value = form(losses, params, similarity=similarity)
+def evaluate(losses, params, similarity="dot"):
+    """The value of the loss, and its gradient."""
+    value = collision(losses, params, similarity=similarity)
     assert value.shape == () and value.requires_grad
     return value.detach(), gradient(value, params)
 
@@ -105,39 +104,29 @@ def small_resnet(seed, dtype=torch.float32):
 # ---- What must be equal ----
 
 
-@each_form
 @each_similarity
 @given(n=few, seed=seeds, scale=st.floats(0.01, 100), order=st.randoms(use_true_random=False))
-def test_is_the_double_loop_in_any_order(form, similarity, n, seed, scale, order):
+def test_is_the_double_loop_in_any_order(similarity, n, seed, scale, order):
     losses, params = problem(n, seed, scale=scale)
-    value, grads = evaluate(form, order.sample(losses, n), params, similarity)
+    value, grads = evaluate(order.sample(losses, n), params, similarity)
     assert value.dtype == torch.float64
     assert_close((value, grads), double_loop(losses, params, similarity), 1e-9)
     assert similarity == "dot" or -1 / (n - 1) - 1e-12 <= value.item() <= 1 + 1e-12
 
 
-@each_form
 @each_similarity
-def test_gradient_is_that_of_central_differences(form, similarity):
+def test_gradient_is_that_of_central_differences(similarity):
     losses, params = problem(3, 0)
-    assert torch.autograd.gradcheck(lambda *_: form(losses, params, similarity=similarity), params)
+    assert torch.autograd.gradcheck(
+        lambda *_: collision(losses, params, similarity=similarity), params
+    )
 
 
 @each_similarity
 def test_loss_can_be_differentiated_further(similarity):
     losses, params = problem(2, 0)
-    value = lambda *_: from_losses(losses, params, similarity=similarity)  # noqa: E731
+    value = lambda *_: collision(losses, params, similarity=similarity)  # noqa: E731
     assert torch.autograd.gradgradcheck(value, params[:3])
-
-
-@each_similarity
-@pytest.mark.parametrize("seed", range(2))
-def test_streamed_is_the_loss_on_the_small_resnet_in_float32(similarity, seed):
-    losses, model = small_resnet(seed)
-    params = list(model.parameters())
-    with dtl.running_statistics_kept(model):
-        found, reference = (evaluate(f, losses, params, similarity) for f in FORMS.values())
-    assert_close(found, reference, 1e-4)
 
 
 class Counting(TorchDispatchMode):
@@ -152,147 +141,90 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@each_form
 @each_similarity
-def test_the_host_never_waits_for_a_number(form, similarity):
+def test_the_host_never_waits_for_a_number(similarity):
     losses, model = small_resnet(0)
     with Counting() as count:
-        form(losses, model.parameters(), similarity=similarity).backward()
+        collision(losses, model.parameters(), similarity=similarity).backward()
     with Counting() as probe:
         torch.ones(2).sum().item(), torch.ones(2).nonzero()
     assert SYNCHRONISING & set(probe.seen)  # the mode does see them
     waits = {name: count.seen[name] for name in SYNCHRONISING & set(count.seen)}
-    compared = {} if form is from_losses else {"_local_scalar_dense": 4}  # on a CPU: two calls each
-    assert count.seen["convolution_backward"] > 0 and waits == compared
+    assert count.seen["convolution_backward"] > 0 and not waits
     assert sum(count.seen.values()) < 7500 and count.seen["_to_copy"] <= 20, count.seen
-
-
-@each_similarity
-def test_both_calls_of_a_chunk_see_one_dropout_mask(similarity):
-    losses, params = problem(4, 1, dropout=0.5)
-    torch.manual_seed(7)
-    reference = evaluate(from_losses, losses, params, similarity)
-    after = torch.get_rng_state()
-    torch.manual_seed(7)
-    found = evaluate(FORMS["streamed"], losses, params, similarity)
-    assert torch.equal(torch.get_rng_state(), after)  # that of one call of each chunk
-    assert_close(found, reference, 1e-12)
-    other, _ = evaluate(FORMS["streamed"], losses, params, similarity)
-    assert other.item() != pytest.approx(found[0].item(), rel=1e-3)  # new masks in the next call
-
-    calls = itertools.count()
-    torch.manual_seed(7)
-    more = [*losses, lambda: losses[0]() + 0 * torch.rand(next(calls)).sum()]
-    evaluate(FORMS["streamed"], more, params, similarity)
-    seen = torch.get_rng_state()
-    torch.manual_seed(7)
-    [f() for f in (*losses, losses[0])]
-    assert torch.equal(torch.get_rng_state(), seen)  # also where the second call drew more
-
-
-@each_similarity
-def test_streamed_hands_its_gradient_out_like_any_loss(similarity):
-    losses, params = problem(3, 5)
-    value, grads = evaluate(FORMS["streamed"], losses, params, similarity)
-
-    def given_to(weighted):
-        """What weighted(loss).backward() adds to .grad, where there is one already."""
-        for p in params:
-            p.grad = torch.ones_like(p)
-        loss = FORMS["streamed"](losses, params, similarity=similarity)
-        weighted(loss).backward()
-        assert torch.equal(loss.detach(), value)
-        return [p.grad - 1 for p in params]
-
-    assert distance(given_to(lambda loss: loss), grads) <= 1e-12
-    assert distance(given_to(lambda loss: -0.3 * loss), [-0.3 * g for g in grads]) <= 1e-12
-    plain = gradient(params[0].square().sum(), params)
-    mixed = given_to(lambda loss: loss + params[0].square().sum())
-    assert distance(mixed, [g + h for g, h in zip(grads, plain)]) <= 1e-12
-    params[2].grad = None
-    FORMS["streamed"](losses, params[:2], similarity=similarity).backward()
-    assert params[2].grad is None  # it was not among params
 
 
 # ---- Properties ----
 
 
-@each_form
 @pytest.mark.filterwarnings("ignore:some parameters' gradients have no graph")  # they are linear
-def test_cos_reaches_both_ends(form):
+def test_cos_reaches_both_ends():
     p = torch.ones(2, requires_grad=True)
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([-6.0, -8.0])
     for similarity, other, value in (("cos", a, 1), ("cos", b, -1), ("dot", b, -50)):
         losses = [lambda: p @ a, lambda other=other: p @ other]
-        assert form(losses, [p], similarity=similarity).item() == pytest.approx(value)
-    assert form([lambda: p[0] * 2, lambda: p[1] * 2], [p]).item() == 0
+        assert collision(losses, [p], similarity=similarity).item() == pytest.approx(value)
+    assert collision([lambda: p[0] * 2, lambda: p[1] * 2], [p]).item() == 0
 
 
-@each_form
 @pytest.mark.parametrize("scale", (1e19, 1e-24))  # whose squares float32 cannot hold
-def test_cos_of_huge_and_tiny_float32_gradients(form, scale):
+def test_cos_of_huge_and_tiny_float32_gradients(scale):
     expected = double_loop(*problem(3, 11), "cos")
-    assert_close(evaluate(form, *problem(3, 11, torch.float32, scale), "cos"), expected, 1e-4)
+    assert_close(evaluate(*problem(3, 11, torch.float32, scale), "cos"), expected, 1e-4)
 
 
-@each_form
 @each_similarity
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @given(n=st.integers(2, 5), seed=seeds, scale=st.sampled_from((1e-12, 1e-6, 1.0, 1e6)))
-def test_finite_everywhere(form, similarity, dtype, n, seed, scale):
+def test_finite_everywhere(similarity, dtype, n, seed, scale):
     losses, params = problem(n, seed, dtype, scale)
     losses[0] = lambda: (params[0].square() * 0).sum()  # touches one parameter, with gradient zero
-    value, grads = evaluate(form, losses, params, similarity)
+    value, grads = evaluate(losses, params, similarity)
     assert value.isfinite() and value.dtype == dtype and all(g.isfinite().all() for g in grads)
 
 
-@each_form
 @each_similarity
 @pytest.mark.parametrize("factor", (math.nan, math.inf))
-def test_what_is_not_finite_gives_a_value_that_is_not(form, similarity, factor):
+def test_what_is_not_finite_gives_a_value_that_is_not(similarity, factor):
     losses, params = problem(3, 2)
     spoilt = [losses[0], lambda: losses[1]() * factor, losses[2]]
-    value, grads = evaluate(form, spoilt, params, similarity)
+    value, grads = evaluate(spoilt, params, similarity)
     assert not value.isfinite() and not all(g.isfinite().all() for g in grads)
 
 
-@each_form
-def test_a_zero_chunk_under_cos_counts_as_cosine_zero(form):
+def test_a_zero_chunk_under_cos_counts_as_cosine_zero():
     losses, params = problem(2, 3)
-    pair = form(losses, params, similarity="cos").item()
+    pair = collision(losses, params, similarity="cos").item()
     losses.append(lambda: (params[0].square() * 0).sum())
-    value, grads = evaluate(form, losses, params, "cos")
+    value, grads = evaluate(losses, params, "cos")
     assert value.item() == pytest.approx(pair / 3, rel=1e-12)  # one pair of three is left
     assert max(g.abs().max() for g in grads) > 0
 
 
-@each_form
 @each_similarity
-def test_a_parameter_given_twice_counts_once_and_iterators_do(form, similarity):
+def test_a_parameter_given_twice_counts_once_and_iterators_do(similarity):
     losses, params = problem(3, 4)
     before, more = [p.detach().clone() for p in params], iter([params[2], *params])
-    twice = form(iter(losses), more, similarity=similarity)
+    twice = collision(iter(losses), more, similarity=similarity)
     found = twice.detach(), gradient(twice, params)
     assert_close(found, double_loop(losses, params, similarity), 1e-12)
     assert all(map(torch.equal, before, params))
 
 
-@each_form
-def test_parameters_of_two_precisions(form):
+def test_parameters_of_two_precisions():
     a = torch.tensor([1.0, 2.0], requires_grad=True)
     b = torch.tensor([0.5, 3.0], dtype=torch.float64, requires_grad=True)
     losses = [lambda: (a.double() * b).sum().square(), lambda: (a.double() + b).square().sum()]
-    value, grads = evaluate(form, losses, [a, b], "cos")
+    value, grads = evaluate(losses, [a, b], "cos")
     assert [g.dtype for g in grads] == [torch.float32, torch.float64]
     assert_close((value, grads), double_loop(losses, [a, b], "cos"), 1e-6)
 
 
-@each_form
-def test_a_tensor_that_is_no_leaf(form):
+def test_a_tensor_that_is_no_leaf():
     """As functional models have them."""
     base, delta = torch.ones(3), torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
     weight = base * delta.exp()
-    value = form([lambda: weight.pow(3).sum(), lambda: weight.square().sum()], [weight])
+    value = collision([lambda: weight.pow(3).sum(), lambda: weight.square().sum()], [weight])
     expected = (6 * delta.exp().pow(3)).sum()  # <3 w^2, 2 w>
     assert value.item() == pytest.approx(expected.item())
     assert torch.allclose(*torch.autograd.grad(value, delta), *torch.autograd.grad(expected, delta))
@@ -362,49 +294,22 @@ TOLD = {
 }
 
 
-@each_form
 @pytest.mark.parametrize("name", TOLD)
-def test_bad_input_is_told(form, name):
+def test_bad_input_is_told(name):
     losses, params, message = TOLD[name]
     with pytest.raises(ValueError, match=message):
-        form(losses, params)
+        collision(losses, params)
 
 
-@each_form
-def test_bad_similarity_is_told_and_options_have_names(form):
+def test_bad_similarity_is_told_and_options_have_names():
     for similarity in ("cosine", None, 1):
         with pytest.raises(ValueError, match=f"must be 'dot' or 'cos', not {similarity!r}"):
-            form([good, good], [P], similarity=similarity)
+            collision([good, good], [P], similarity=similarity)
     with pytest.raises(TypeError, match="positional"):
-        form([good, good], [P], "cos")
+        collision([good, good], [P], "cos")
 
 
-def test_the_two_forms_are_told_apart():
-    with pytest.raises(ValueError, match="chunk 1 is a function"):
-        dtl.gradient_collision_loss([good(), good], [P])
-    with pytest.raises(ValueError, match="chunk 0 is a Tensor"):
-        dtl.streamed_gradient_collision_loss([good(), good], [P])
-    with pytest.raises(ValueError, match="chunks must be a sequence, not one Tensor"):
-        dtl.gradient_collision_loss(torch.ones(2), [P])
-    with pytest.raises(ValueError, match="chunks must be a sequence, not one function"):
-        dtl.streamed_gradient_collision_loss(good, [P])
-
-
-@pytest.mark.parametrize("together", (True, False))
-def test_a_graph_built_outside_its_callable_is_told(together):
-    """together: one graph for all chunks, which the first uses up; else one for each."""
-    layer, head = nn.Linear(3, 4), nn.Linear(4, 2)
-    params = [*layer.parameters(), *head.parameters()]
-    hidden = [torch.tanh(layer(torch.randn(4, 3))) for _ in range(3)]
-    hidden = hidden[:1] * 3 if together else hidden
-    chunks = [lambda h=h, k=k: head(h).square().sum() * k for k, h in enumerate(hidden)]
-    told = r"chunk \d: part of its graph was built outside the callable"
-    with pytest.raises(ValueError, match=told):
-        dtl.streamed_gradient_collision_loss(chunks, params)
-
-
-@each_form
-def test_called_under_no_grad_is_told(form):
+def test_called_under_no_grad_is_told():
     """The losses have graphs, but GC would have none: added to a loss, it would do nothing."""
 
     def chunk():
@@ -412,4 +317,4 @@ def test_called_under_no_grad_is_told(form):
             return good()
 
     with torch.no_grad(), pytest.raises(ValueError, match="no_grad"):
-        form([chunk, chunk], [P])
+        collision([chunk, chunk], [P])

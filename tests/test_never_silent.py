@@ -1,17 +1,14 @@
 """What made the copied loss wrong without a word, or fail with a riddle: kinds, and lines."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gc_loss import FORMS, assert_close, double_loop, each_form, evaluate, problem
+from test_gc_loss import assert_close, collision, double_loop, evaluate, problem
 from torch import nn
 
 import dtl
 
-streamed = dtl.streamed_gradient_collision_loss
 X = list(torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)))
 Y = torch.arange(6) % 3
 
@@ -23,114 +20,6 @@ def chunks_of(model):
 
 def network(layer):
     return nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 3))
-
-
-# ---- Streamed: two calls that differ ----
-
-
-class LayerDrop(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) if random.random() < 0.5 else x[:, :4]
-
-
-def noisy_by_numpy(x):
-    return x + torch.from_numpy(np.random.default_rng().normal(size=x.shape)).float()
-
-
-def changing():
-    torch.manual_seed(0)
-    models = {
-        "spectral_norm": network(nn.utils.spectral_norm(nn.Linear(5, 4))).double(),
-        "layer drop": network(LayerDrop(5, 4)),
-        "plain": network(nn.Linear(5, 4)),
-    }
-    plain = models["plain"]
-    cases = {name: (chunks_of(model), model) for name, model in models.items()}
-    noisy = [lambda x=x: F.cross_entropy(plain(noisy_by_numpy(x)), Y) for x in X]
-    batches = iter([*X, *X])
-    drawn = [lambda i=i: F.cross_entropy(plain(next(batches) * (1 + 0 * i)), Y) for i in range(3)]
-    return cases | {"numpy": (noisy, plain), "next": (drawn, plain)}
-
-
-@pytest.mark.parametrize("case", ["spectral_norm", "layer drop", "numpy", "next"])
-def test_two_calls_that_differ_are_told(case):
-    chunks, model = changing()[case]
-    with pytest.raises(ValueError, match="when called again .* changes state, or draws from"):
-        streamed(chunks, model.parameters())
-
-
-def test_where_nothing_may_wait_two_calls_that_differ_give_nan(monkeypatch):
-    """As on a GPU: the comparison's result must not be read by the host."""
-    chunks, model = changing()["numpy"]
-    isclose = torch.isclose
-
-    class Elsewhere(torch.Tensor):  # says that it is on another device
-        device = torch.device("meta")
-
-        def to(self, *args):
-            return self.as_subclass(torch.Tensor)
-
-    monkeypatch.setattr(torch, "isclose", lambda *a, **k: isclose(*a, **k).as_subclass(Elsewhere))
-    loss = streamed(chunks, model.parameters())
-    assert loss.isnan()
-    loss.backward()
-    assert all(p.grad.isnan().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_rounding_alone_is_no_difference(dtype):
-    """The second call of each chunk sums in another order."""
-    torch.manual_seed(0)
-    model, calls = network(nn.Linear(5, 4)).to(dtype), [0]
-
-    def chunk(x):
-        calls[0] += 1
-        order = torch.arange(6) if calls[0] <= 4 else torch.arange(5, -1, -1)
-        return F.cross_entropy(model(x.to(dtype)[order]), Y[order])
-
-    chunks = [lambda x=x: chunk(x) for x in X]
-    assert streamed(chunks, model.parameters()).isfinite() and calls == [8]
-
-
-# ---- Streamed: one chunk given n times ----
-
-
-def test_late_binding_is_told():
-    model, late = network(nn.Linear(5, 4)), []
-    for x in X:
-        late.append(lambda: F.cross_entropy(model(x), Y))  # noqa: B023 - the mistake itself
-    with pytest.raises(ValueError, match="chunk 1 is an earlier one again: .*lambda a=a, b=b:"):
-        streamed(late, model.parameters())
-    with pytest.raises(ValueError, match="chunk 2 is an earlier one again"):
-        streamed([*chunks_of(model)[:2], chunks_of(model)[0]], model.parameters())
-
-
-def test_functions_of_one_code_that_hold_different_things_are_chunks():
-    model = network(nn.Linear(5, 4))
-
-    class Chunk:
-        def __init__(self, x):
-            self.x = x
-
-        def __call__(self):
-            return F.cross_entropy(model(self.x), Y)
-
-        def loss(self):
-            return self()
-
-    def closed(x):
-        return lambda: F.cross_entropy(model(x), Y)
-
-    def keyword(x):
-        def f(*, x=x):
-            return F.cross_entropy(model(x), Y)
-
-        return f
-
-    expected = evaluate(streamed, chunks_of(model), list(model.parameters()))
-    for kind in (Chunk, lambda x: Chunk(x).loss, closed, keyword):
-        found = evaluate(streamed, [kind(x) for x in X], list(model.parameters()))
-        assert_close(found, expected, 1e-6)
 
 
 # ---- Second derivatives that PyTorch has wrong, or not at all ----
@@ -199,20 +88,12 @@ RIDDLES = {
 }
 
 
-@each_form
 @pytest.mark.parametrize("case", RIDDLES)
-def test_no_or_a_wrong_second_derivative_is_told_at_the_first_chunk(case, form):
+def test_no_or_a_wrong_second_derivative_is_told_at_the_first_chunk(case):
     make, told = RIDDLES[case]
     model, loss = make()
-    calls = []
-
-    def chunk(x):
-        calls.append(x)
-        return loss(x)
-
     with pytest.raises(ValueError, match=told):
-        form([lambda x=x: chunk(x) for x in X], model.parameters())
-    assert len(calls) == (1 if form is streamed else len(X))  # the other form is given losses
+        collision([lambda x=x: loss(x) for x in X], model.parameters())
 
 
 class my_attention(torch.autograd.Function):  # noqa: N801 - a name like that of what is refused
@@ -226,12 +107,11 @@ class my_attention(torch.autograd.Function):  # noqa: N801 - a name like that of
         return 2 * ctx.saved_tensors[0] * g
 
 
-@each_form
-def test_a_function_of_ones_own_is_not_refused_for_its_name(form):
+def test_a_function_of_ones_own_is_not_refused_for_its_name():
     model = nn.Linear(5, 3).double()
     data = [x.double() for x in X]
     chunks = [lambda x=x: F.cross_entropy(my_attention.apply(model(x)), Y) for x in data]
-    found = evaluate(form, chunks, list(model.parameters()))
+    found = evaluate(chunks, list(model.parameters()))
     assert_close(found, double_loop(chunks, list(model.parameters())), 1e-9)
 
 
@@ -243,38 +123,35 @@ WAYS_OUT = {
 }
 
 
-@each_form
 @pytest.mark.parametrize("way", WAYS_OUT)
-def test_the_way_out_is_right(way, form):
+def test_the_way_out_is_right(way):
     g = torch.Generator().manual_seed(0)
     params = [torch.randn(*s, generator=g).double().requires_grad_() for s in ((4, 5), (4, 1))]
     data = [x.double() for x in X]
     chunks = [lambda x=x: WAYS_OUT[way](*params, x).square().mean() + params[1].sum() for x in data]
     chunks = [lambda f=f, k=k: f() * (k + 1) for k, f in enumerate(chunks)]
-    assert_close(evaluate(form, chunks, params), double_loop(chunks, params), 1e-9)
+    assert_close(evaluate(chunks, params), double_loop(chunks, params), 1e-9)
 
 
 # ---- Values that are not finite, scalers, and what else was a riddle ----
 
 
-@each_form
 @pytest.mark.parametrize("labels", ["ignored", "empty"])
-def test_a_chunk_without_a_loss_gives_no_finite_value(labels, form):
+def test_a_chunk_without_a_loss_gives_no_finite_value(labels):
     losses, params = problem(3, 0)
     model = nn.Linear(4, 3).double()
     x = torch.randn(6 if labels == "ignored" else 0, 4).double()
     y = torch.full((len(x),), -100)
     nothing = [lambda: losses[0]() + F.cross_entropy(model(x), y)]  # a NaN of zero gradient
-    value, _ = evaluate(form, [*losses, *nothing], params)
+    value, _ = evaluate([*losses, *nothing], params)
     assert not value.isfinite()
 
 
-@each_form
-def test_under_a_gradient_scaler_it_is_the_same(form):
+def test_under_a_gradient_scaler_it_is_the_same():
     losses, params = problem(3, 1, torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
-    value, expected = evaluate(form, losses, params)
-    scaler.scale(form(losses, params)).backward()
+    value, expected = evaluate(losses, params)
+    scaler.scale(collision(losses, params)).backward()
     optimizer = torch.optim.SGD([p for p in params if p.grad is not None], lr=0.1)
     scaler.unscale_(optimizer)
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
@@ -290,15 +167,11 @@ def test_numpy_numbers_are_numbers_to_a_balance():
     assert type(a.allowance) is float and torch.equal(a.found, b.found)
 
 
-@each_form
-def test_parameters_that_were_used_up_or_lie_apart_are_told(form):
+def test_parameters_that_were_used_up_or_lie_apart_are_told():
     losses, params = problem(2, 0)
     used = iter(params)
     list(used)
     with pytest.raises(ValueError, match="0 params: .* an iterator that was used up"):
-        form(losses, used)
+        collision(losses, used)
     with pytest.raises(ValueError, match="on meta, but params.0. on cpu: one device"):
-        form(losses, [*params, torch.ones(1, device="meta", requires_grad=True)])
-
-
-assert set(FORMS) == {"loss", "streamed"}
+        collision(losses, [*params, torch.ones(1, device="meta", requires_grad=True)])

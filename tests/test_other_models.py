@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
-from test_gc_loss import assert_close, distance, double_loop, each_form, each_similarity, evaluate
+from test_gc_loss import assert_close, collision, distance, double_loop, each_similarity, evaluate
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -98,19 +98,17 @@ def no_warnings():
 KINDS = (TinyGPT, Recurrent, Checkpointed, Normalised)
 
 
-@each_form
 @each_similarity
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_the_double_loop(form, similarity, kind):
+def test_is_the_double_loop(similarity, kind):
     chunks, params = chunks_of(kind())
     expected = seeded(double_loop, chunks, params, similarity)
     with no_warnings():
-        assert_close(seeded(evaluate, form, chunks, params, similarity), expected, 1e-9)
+        assert_close(seeded(evaluate, chunks, params, similarity), expected, 1e-9)
 
 
-@each_form
 @pytest.mark.parametrize("where", ("inside", "around"))
-def test_bfloat16_autocast(form, where):
+def test_bfloat16_autocast(where):
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
     x, y, exact = torch.randn(4, 16, 8), torch.randint(0, 4, (4, 16)), copy.deepcopy(model).double()
     wide = [lambda i=i: F.cross_entropy(exact(x[i].double()), y[i]) for i in range(4)]
@@ -123,16 +121,15 @@ def test_bfloat16_autocast(form, where):
 
     with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"), no_warnings():
         chunks = [lambda i=i: loss(i) for i in range(4)]
-        assert_close(evaluate(form, chunks, list(model.parameters()), "cos"), expected, 0.05)
+        assert_close(evaluate(chunks, list(model.parameters()), "cos"), expected, 0.05)
 
 
-@each_form
 @each_similarity
-def test_bfloat16_parameters(form, similarity):
+def test_bfloat16_parameters(similarity):
     model = Recurrent()
     chunks, params = chunks_of(model, torch.bfloat16)
     expected = double_loop(*chunks_of(copy.deepcopy(model)), similarity)
-    value, grads = evaluate(form, chunks, params, similarity)
+    value, grads = evaluate(chunks, params, similarity)
     assert value.dtype == torch.float32 and {g.dtype for g in grads} == {torch.bfloat16}
     assert_close((value, grads), expected, 0.1)
 
@@ -149,8 +146,7 @@ def mlp():
 
 
 @pytest.mark.parametrize("wrap", [{}, dict(gradient_as_bucket_view=True)])
-@each_form
-def test_distributed_data_parallel_steps_as_without_it(form, wrap, tmp_path):
+def test_distributed_data_parallel_steps_as_without_it(wrap, tmp_path):
     """With the retain loss through the wrapper, and GC over the parameters of what it wraps."""
     meeting = f"file://{tmp_path}/meeting"
     distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
@@ -162,7 +158,7 @@ def test_distributed_data_parallel_steps_as_without_it(form, wrap, tmp_path):
             whole, optimizer = wrapper(model, **wrap), torch.optim.SGD(model.parameters(), 0.1)
             for _ in range(2):
                 optimizer.zero_grad()
-                loss = whole(x).square().mean() + 3 * form(chunks, model.parameters())
+                loss = whole(x).square().mean() + 3 * collision(chunks, model.parameters())
                 loss.backward()
                 optimizer.step()
             found.append([p.detach() for p in model.parameters()])
@@ -194,24 +190,22 @@ class Fused(OnceDifferentiable):
         return (grad * ctx.saved_tensors[0].cos()).detach()
 
 
-@each_form
 @pytest.mark.parametrize("whole", (False, True), ids=("compiled model", "compiled loss"))
-def test_what_is_compiled_is_refused(whole, form):
+def test_what_is_compiled_is_refused(whole):
     torch._dynamo.reset()
     model, data = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(3, 5, 4)
     params, square = list(model.parameters()), lambda x: model(x).square().sum()
     compiled = torch.compile(square if whole else model, backend="aot_eager")
     chunks = [lambda x=x: compiled(x) if whole else compiled(x).square().sum() for x in data]
     with pytest.raises(ValueError, match="compiled"):
-        form(chunks, params)
+        collision(chunks, params)
     with torch.compiler.set_stance("force_eager"):  # the way out that the docstring names
-        found = evaluate(form, chunks, params)
+        found = evaluate(chunks, params)
     assert_close(found, double_loop([lambda x=x: square(x) for x in data], params), 1e-5)
 
 
-@each_form
 @pytest.mark.parametrize("beside", (False, True))
-def test_what_can_be_differentiated_once_is_refused(beside, form):
+def test_what_can_be_differentiated_once_is_refused(beside):
     """beside: there is another way from the loss to every parameter, and autograd would take it."""
     first, second, data = nn.Linear(4, 3), nn.Linear(3, 3), torch.randn(3, 5, 4)
 
@@ -221,25 +215,21 @@ def test_what_can_be_differentiated_once_is_refused(beside, form):
 
     params = [*first.parameters(), *second.parameters()]
     with pytest.raises(ValueError, match="once_differentiable"):
-        form([lambda x=x: loss(x) for x in data], params)
+        collision([lambda x=x: loss(x) for x in data], params)
 
 
 def test_a_gradient_without_a_graph_beside_others_is_warned_of():
     first, second, data = nn.Linear(4, 3), nn.Linear(3, 3), torch.randn(3, 5, 4)
     chunks = [lambda x=x: second(Fused.apply(first(x))).square().sum() for x in data]
-    for call in (
-        lambda params: dtl.gradient_collision_loss([f() for f in chunks], params),
-        lambda params: dtl.streamed_gradient_collision_loss(chunks, params),
-    ):
-        with pytest.warns(UserWarning, match="no second derivative") as seen:
-            call([*first.parameters(), *second.parameters()])
-        assert len(seen) == 1 and seen[0].filename == __file__  # it points at the caller
-        with no_warnings():
-            call(list(second.parameters()))
+    with pytest.warns(UserWarning, match="no second derivative") as seen:
+        losses = [f() for f in chunks]
+        dtl.gradient_collision_loss(losses, [*first.parameters(), *second.parameters()])
+    assert len(seen) == 1 and seen[0].filename == __file__  # it points at the caller
+    with no_warnings():
+        collision(chunks, list(second.parameters()))
 
 
-@each_form
-def test_fused_attention_is_never_wrong_in_silence(form):
+def test_fused_attention_is_never_wrong_in_silence():
     layer, data = nn.Linear(8, 24), torch.randn(3, 2, 5, 8)
 
     def loss(x):
@@ -248,7 +238,7 @@ def test_fused_attention_is_never_wrong_in_silence(form):
 
     chunks, params = [lambda x=x: loss(x) for x in data], list(layer.parameters())
     with pytest.raises(ValueError, match="scaled_dot_product"):
-        evaluate(form, chunks, params)
+        evaluate(chunks, params)
     with sdpa_kernel(SDPBackend.MATH):  # the way out that the docstring names
-        found, expected = evaluate(form, chunks, params), double_loop(chunks, params)
+        found, expected = evaluate(chunks, params), double_loop(chunks, params)
     assert_close(found, expected, 1e-4)

@@ -207,16 +207,19 @@ def test_damage_is_told_or_does_no_harm(tmp_path_factory, damage):
         assert same(dtl.load(path), saved)
 
 
-@pytest.mark.parametrize("name", ["uniform", "transferred", "pretrained"])
 @pytest.mark.parametrize("damage", [flipped(0.7, 4), lambda data: data[:-100], lambda data: b""])
-def test_a_damaged_model_is_told_and_made_anew(damage, name, copied, finished, records, run):
-    path = copied / f"seed0/{name}.pt"
+def test_a_damaged_model_is_told_and_once_deleted_made_anew(damage, copied, finished, records, run):
+    path = copied / "seed0/uniform.pt"
     path.write_bytes(damage(path.read_bytes()))
-    result = run("all", copied, methods=["uniform"])
-    assert result.code == 0 and result.output.count(f"warning: {path} is damaged") == 1
+    before = (copied / "results.jsonl").read_bytes()
+    result = run("all", copied, methods=["uniform"], attackers="all")
+    assert result.code == 1 and f"{path} is damaged: delete it" in result.output
+    assert (copied / "results.jsonl").read_bytes().startswith(before)
+    path.unlink()
+    assert run("all", copied, methods=["uniform"]).code == 0
     assert same(weights(copied), weights(finished.out))
-    kept = [r for r in records(finished.out) if r["model"] != name or r["attacker"] != "long"]
-    assert records(copied) == kept
+    fixed = dict(model="uniform", attacker="fixed")
+    assert records(copied, **fixed) == records(finished.out, **fixed)
 
 
 def test_a_file_with_code_in_it_does_not_run_it(tmp_path):
