@@ -82,7 +82,7 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
         forget = gradient_collision_loss(losses, backbone.parameters())
         balance.backward(retain_loss, forget, [*backbone.parameters(), *target_head.parameters()])
     """
-    losses, params = _gc_list("losses", losses), _gc_params(params)
+    losses, params = list(losses), _gc_params(params)
     if not torch.is_grad_enabled():
         raise ValueError("called under no_grad or inference_mode: GC would have no gradient")
     if similarity not in ("dot", "cos"):
@@ -178,15 +178,9 @@ def running_statistics_kept(model):
             m.track_running_stats = before
 
 
-def _gc_list(name, given):
-    if isinstance(given, (torch.Tensor, dict, str)) or not hasattr(given, "__iter__"):
-        raise ValueError(f"{name} must be a sequence, not one {type(given).__name__}")
-    return list(given)
-
-
 def _gc_params(params, leaves=False):
     """params as a list of checked tensors, each once."""
-    params, kinds = _gc_list("params", params), (torch.bfloat16, torch.float32, torch.float64)
+    params, kinds = list(params), (torch.bfloat16, torch.float32, torch.float64)
     for k, p in enumerate(params):
         if not isinstance(p, torch.Tensor):
             raise ValueError(f"params[{k}] is a {type(p).__name__}, no tensor")
@@ -245,8 +239,8 @@ def _gc_check_second_derivative(grads):
     """Nodes that refuse one raise when reached, but autograd may pass them by; some are wrong."""
     nodes, seen = [g.grad_fn for g in grads if g.grad_fn], set()
     if len(nodes) < len(grads):
-        told = "some parameters' gradients have no graph, and so no second derivative: is the loss "
-        warnings.warn(told + "linear in them, or a fused kernel in the way?", stacklevel=4)
+        told = "some parameters' gradients have no graph, and so no second derivative"
+        warnings.warn(told + ": linear, or a fused kernel?", stacklevel=4)
     while nodes:
         node = nodes.pop()
         if node in seen:
@@ -917,11 +911,11 @@ def transfer(pretrained, target, config, seed):
 
 
 def dispose(pretrained, transferred, source, target, method, config, seed):
-    """Stage 3: the scrubbed Model. The student starts part of the way from the transferred model to
-    a fresh one (shrink and perturb, Ash and Adams, arXiv 1910.08475), or as a fresh one if the
-    method's name ends in -fresh. It minimises the retain loss, distillation of the transferred
-    model's answers on target images, and the method's forget loss on source images, balanced by an
-    allowance. Source images leave no trace in BatchNorm's running statistics."""
+    """Stage 3: the scrubbed Model. It starts part of the way from the transferred model to a fresh
+    one (shrink and perturb, arXiv 1910.08475), or fresh if the method's name ends in -fresh. It
+    minimises the retain loss, distillation of the transferred model's answers on target images, and
+    the method's forget loss on source images, balanced by an allowance. Source images leave no
+    trace in BatchNorm's running statistics."""
     name, allowance = split_method(method)
     forget, fresh, c = METHODS[name], name.endswith("-fresh"), config
     balance = Balance(allowance or c.allowance)
@@ -1325,7 +1319,7 @@ def in_words(numbers):
             gets[task] = f"{value:.1f}% on {task}"  # of several attackers the strongest comes last
             if value < mean.get(("oracle", task, *attacker), 0) - 3 and attacker != ["strongest"]:
                 told = f"- {m}, {attacker[0]} on {task}: over 3 points less than from oracle"
-                why = "a broken starting point, not forgetting: look at the other attackers"
+                why = "a broken starting point, not forgetting"
                 lines.append(f"{told}, {why}.")
         told = f"- {m} changes target accuracy by {mean[m, 'target'] - before:+.1f} points"
         lines.append(f"{told}; the strongest attacker gets {' and '.join(gets.values())}.")
@@ -1422,8 +1416,7 @@ def about_this(device):
 
 
 class Command(click.Command):
-    """Its defaults are those of the preset that the arguments name, or else ask for. Whatever a
-    user or a machine can do wrong ends as one line and exit code 1."""
+    """With the defaults of the preset that the arguments name or ask for; errors are one line."""
 
     def parse_args(self, context, args):
         text = " ".join(map(str, args))

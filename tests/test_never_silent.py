@@ -173,5 +173,5 @@ def test_parameters_that_were_used_up_or_lie_apart_are_told():
     list(used)
     with pytest.raises(ValueError, match="0 params: .* an iterator that was used up"):
         collision(losses, used)
-    with pytest.raises(ValueError, match="on meta, but params.0. on cpu: one device"):
+    with pytest.raises(ValueError, match="meta is not on cpu, as params.0. is: one device"):
         collision(losses, [*params, torch.ones(1, device="meta", requires_grad=True)])

@@ -146,12 +146,3 @@ def test_figures_are_those_a_run_wrote(name):
     columns = [report[0].index(column) for column in wanted]
     written = [[row[k] for k in columns] for row in report]
     assert len(shown) > 5 and all(row in written for row in shown[1:])
-
-
-def test_the_docstrings_table_is_the_reports():
-    report = {row[0]: row for row in rows_of((ROOT / "experiments/demo/report.md").read_text())}
-    rows = re.findall(r"^    (transferred|oracle|gc|gc-fresh) +(\S.*)$", dtl.__doc__, re.M)
-    assert len(rows) == 4
-    for name, values in rows:
-        for value in values.split():
-            assert any(cell.startswith(value) for cell in report[name][1:]), (name, value)

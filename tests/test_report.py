@@ -179,7 +179,7 @@ def test_three_points_less_than_from_oracle_are_a_broken_starting_point(reported
     broken = report.broken
     assert len(broken) == len(report.apart) == (below > 6)
     assert all(line.startswith("- uniform, fixed on downstream: ") for line in broken)
-    assert all("look at the other attackers" in line for line in broken)
+    assert all("a broken starting point" in line for line in broken)
 
 
 def test_without_an_oracle_nothing_is_measured_by_it(arguments, dtl_command, tmp_path):
