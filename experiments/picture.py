@@ -1,8 +1,9 @@
-"""A picture of a run: target accuracy across, what the strongest attacker gets out of a model up.
+"""A picture of a run: target accuracy across, what an attacker gets out of a model up.
 
     python experiments/picture.py OUT [PNG]
 
-OUT is the folder of `python dtl.py all`; the picture becomes PNG, or else OUT/picture.png. A line
+OUT is the folder of `python dtl.py all`; the picture becomes PNG, or else OUT/picture.png. A row of
+panels is by the fixed attacker, one by the strongest of those that attacked every model. A line
 joins the points of one method under several allowances, as of gc@0.5, gc and gc@2. The model
 `scratch`, far to the left of all others, is left out.
 """
@@ -26,19 +27,25 @@ PLACES = [(7, 0), (-7, 0), (0, 7), (0, -7), (6, 8), (-6, 8), (6, -8), (-6, -8), 
 
 
 def read(path):
-    """{task: {model: (mean target accuracy, mean PL accuracy of its strongest attacker)}}, in %."""
+    """{(task, "fixed" or "strongest"): {model: (mean target accuracy, mean PL accuracy)}}, in %."""
     by_seed, values, points = {}, {}, {}
     for line in path.read_text().splitlines():
         r = json.loads(line)
-        if r["metric"] != "source_accuracy":
+        if r["metric"] != "source_accuracy" and r["model"] != "scratch":
             by_seed[r["model"], r["task"], r["attacker"], r["seed"]] = 100 * r["value"]
     for key, value in by_seed.items():
         values.setdefault(key[:3], []).append(value)
-    for model, task, attacker in sorted(values, key=lambda key: np.mean(values[key])):
-        if task and model != "scratch":  # the strongest attacker comes last
-            of_model = values[model, None, None], values[model, task, attacker]
-            points.setdefault(task, {})[model] = tuple(map(np.mean, of_model))
-    return dict(sorted(points.items(), reverse=True))  # source-subset, downstream
+    mean = {key: np.mean(v) for key, v in values.items()}
+    models, tasks, attackers = (dict.fromkeys(key[k] for key in mean) for k in range(3))
+    common = [
+        a for a in attackers if a and all((m, t, a) in mean for m in models for t in tasks if t)
+    ]
+    for which in ("fixed", "strongest"):
+        for task in sorted(filter(None, tasks), reverse=True):  # source-subset, downstream
+            for m in models:
+                by = [mean[m, task, a] for a in common if which == "strongest" or a == which]
+                points.setdefault((task, which), {})[m] = mean[m, None, None], max(by)
+    return points
 
 
 def write_names(panel, points, taken):
@@ -89,13 +96,14 @@ def draw(panel, points, default):
 def main(out, png=None):
     out, settings, png = Path(out), Path(out, "config.json"), png or Path(out, "picture.png")
     default = json.loads(settings.read_text())["settings"]["allowance"] if settings.exists() else 1
-    tasks = read(out / "results.jsonl")
-    size = dict(figsize=(5 * len(tasks), 4.2), dpi=120, squeeze=False)
-    chart, panels = pyplot.subplots(1, len(tasks), **size)
-    chart.subplots_adjust(0.12 / len(tasks), 0.11, 0.99, 0.93, wspace=0.14)
-    for panel, (task, points) in zip(panels[0], tasks.items()):
-        draw(panel, points, default)
-        panel.set_title(f"{task}: PL accuracy of the strongest attacker, %", fontsize=9, loc="left")
+    points = read(out / "results.jsonl")
+    columns = len(points) // 2
+    size = dict(figsize=(5 * columns, 8), dpi=100, squeeze=False)
+    chart, panels = pyplot.subplots(2, columns, **size)
+    chart.subplots_adjust(0.12 / columns, 0.06, 0.99, 0.97, wspace=0.14, hspace=0.22)
+    for panel, ((task, which), of_models) in zip(panels.flat, points.items()):
+        draw(panel, of_models, default)
+        panel.set_title(f"{task}: PL accuracy of the {which} attacker, %", fontsize=9, loc="left")
         panel.set_xlabel("target accuracy, %", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
