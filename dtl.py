@@ -45,7 +45,7 @@ from torch import Tensor, nn
 __version__ = "0.3.0"
 
 
-# ---- The Gradient Collision loss, for copying into other projects: it needs torch alone ----
+# ---- The Gradient Collision loss, to copy: it needs torch alone ----
 
 # --- copy from here ---
 import contextlib
@@ -70,11 +70,11 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
     synchronisation. Three to five plain steps of a ResNet, and twice the memory of one on the same
     images. Source: arXiv 2308.09971; dot or cos, backbone alone and fresh head are our reading.
 
+    What else it meets:
       reentrant checkpointing       checkpoint(..., use_reentrant=False)
       LSTM and GRU on CUDA          torch.backends.cudnn.flags(enabled=False) around it
       FSDP, DDP                     unsharded parameters, ddp.module.parameters()
       BatchNorm                     running_statistics_kept(model); two images a chunk (drop_last)
-      Tensor.register_hook          acts on every u_i: a hook that clamps belongs elsewhere
 
         head = nn.Linear(features, classes).to(device)  # random, drawn anew at every step
         chunks = zip(source_x.chunk(2), source_y.chunk(2))
@@ -89,10 +89,13 @@ def gradient_collision_loss(losses, params, *, similarity="dot"):
         raise ValueError(f"similarity must be 'dot' or 'cos', not {similarity!r}")
     if len(losses) < 2:
         raise ValueError(f"{len(losses)} chunks, 2 or more are needed: pairs collide")
-    value = total = 0  # total: the sum of u so far, (p,): every pair counts once, nothing cancels
+    value = 0
+    total = 0  # the sum of u so far, (p,): every pair counts once, and nothing cancels
     for i, loss in enumerate(losses):
         u = _gc_vector(i, loss, params, similarity)
-        value, total = value + _gc_inner(u, total) + 0 * loss.detach().to(u), total + u
+        value = value + (u * total).sum(dtype=_gc_wide(u))
+        value = value + 0 * loss.detach().to(u)  # not finite where the loss is not
+        total = total + u
     return (value * (2 / (len(losses) * (len(losses) - 1)))).to(total.dtype)
 
 
@@ -104,10 +107,9 @@ class Balance(torch.nn.Module):
         strength <- clamp(strength * exp(0.02 * clip(1 - m / allowance, -1, 1)), *limits)
         step: a + strength * max(|a|, allowance / |theta|) / max(|b|, B) * b       (a, if |b| is 0)
 
-    allowance: how large the retain loss may become, in its own unit: what the target may pay, one
-    number for every forget loss. strength: how hard forgetting pulls; its limits keep a step within
-    5 plain ones, and limits=(1.0, 1.0) hold it. allowance / |theta| starts what begins at a retain
-    loss of zero; B keeps a satisfied forget loss's noise small.
+    allowance: how large the retain loss may become, in its own unit. strength: how hard forgetting
+    pulls; limits=(1.0, 1.0) hold it. allowance / |theta| starts what begins at a retain loss of
+    zero; B keeps a satisfied forget loss's noise small.
 
     state_dict() resumes exactly, and nothing waits for the device. One call is one step: add
     micro-batches up. Under DistributedDataParallel average .grad afterwards; no GradScaler.
@@ -127,14 +129,13 @@ class Balance(torch.nn.Module):
     def backward(self, retain_loss, forget_loss, params, measured=None):
         """Adds the step's gradient to .grad of params, which are leaves. Both losses are tensors ()
         with graphs, which may be shared; measured: the tensor () held against the allowance.
-        Where one is not finite, neither is the gradient, and the state stays as it was."""
+        Where one is not finite, neither is what forgets, and the state stays as it was."""
         params = _gc_params(params, leaves=True)
         measured = (retain_loss if measured is None else measured).detach()
         with torch.enable_grad():
             retain = torch.autograd.grad(retain_loss, params, retain_graph=True, allow_unused=True)
             forget = torch.autograd.grad(forget_loss, params, allow_unused=True)
-        rows = zip(params, retain, forget)
-        shared = [row for row in rows if row[1] is not None and row[2] is not None]
+        shared = [row for row in zip(params, retain, forget) if all(v is not None for v in row)]
         if not shared:
             raise ValueError("no parameter is reached by both losses: is one of another model?")
         columns = (torch.cat([v.flatten() for v in column]) for column in zip(*shared))
@@ -166,7 +167,7 @@ class Balance(torch.nn.Module):
 @contextlib.contextmanager
 def running_statistics_kept(model):
     """Inside, BatchNorm in training mode uses the batch and leaves its running statistics alone.
-    Of BatchNorm alone: not those of InstanceNorm, nor spectral_norm's vectors."""
+    InstanceNorm and spectral_norm go on as ever."""
     kind = torch.nn.modules.batchnorm._BatchNorm
     tracked = {m: m.track_running_stats for m in model.modules() if isinstance(m, kind)}
     try:
@@ -180,23 +181,24 @@ def running_statistics_kept(model):
 
 def _gc_params(params, leaves=False):
     """params as a list of checked tensors, each once."""
-    params, kinds = list(params), (torch.bfloat16, torch.float32, torch.float64)
+    params = list(params)
     for k, p in enumerate(params):
         if not isinstance(p, torch.Tensor):
             raise ValueError(f"params[{k}] is a {type(p).__name__}, no tensor")
         told = ""
-        if p.dtype not in kinds:
+        if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
             told = "is not bfloat16, float32 or float64"
         elif p.device != params[0].device:
             told = f"is not on {params[0].device}, as params[0] is: one device is needed"
-        elif not p.requires_grad or leaves and not p.is_leaf:
-            why = "is no leaf" if p.requires_grad else "does not require grad"
-            told = f"{why}: [p for p in model.parameters() if p.requires_grad]"
+        elif not p.requires_grad:
+            told = "does not require grad: [p for p in model.parameters() if p.requires_grad]"
+        elif leaves and not p.is_leaf:
+            told = "is no leaf: give model.parameters() themselves"
         if told:
             raise ValueError(f"params[{k}] of shape {tuple(p.shape)}, {p.dtype}, {p.device} {told}")
     if not params:
         raise ValueError("0 params: give model.parameters(), not an iterator that was used up")
-    return list({id(p): p for p in params}.values())
+    return list(dict.fromkeys(params))  # by identity
 
 
 def _gc_vector(i, loss, params, similarity="dot", create_graph=True):
@@ -236,11 +238,11 @@ _GC_WAYS = {  # what has no second derivative, or a wrong one, by its node's nam
 
 
 def _gc_check_second_derivative(grads):
-    """Nodes that refuse one raise when reached, but autograd may pass them by; some are wrong."""
+    """Refuses nodes that have none, which autograd may pass by, or a wrong one."""
     nodes, seen = [g.grad_fn for g in grads if g.grad_fn], set()
     if len(nodes) < len(grads):
-        told = "some parameters' gradients have no graph, and so no second derivative"
-        warnings.warn(told + ": linear, or a fused kernel?", stacklevel=4)
+        told = "some gradients have no second derivative: linear, or a fused kernel?"
+        warnings.warn(told, stacklevel=4)
     while nodes:
         node = nodes.pop()
         if node in seen:
@@ -265,10 +267,6 @@ def _gc_wide(vector):
     return torch.float32 if vector.device.type == "mps" else torch.float64
 
 
-def _gc_inner(a, b):
-    return (a * b).sum(dtype=_gc_wide(a))
-
-
 def _gc_norm(vector):
     return torch.linalg.vector_norm(vector, dtype=_gc_wide(vector))
 
@@ -281,7 +279,7 @@ def native_routine():
     """The module with the C routine, and how fast it is here; or None, and why there is none."""
     try:
         import _gc_native_ext as module
-    except Exception as error:  # noqa: BLE001 - a half-built or foreign library raises anything
+    except Exception as error:  # a half-built or foreign library raises anything
         return None, f"not built ({error}; optional)"
     return module, {1: "generic", 2: "fma", 3: "avx512"}.get(module.lib.gc_best_path(), "yes")
 
@@ -320,7 +318,7 @@ def gradient_stats(gradients, backend="auto"):
 
 
 class DTLError(click.ClickException):
-    """A mistake of the user's, or something missing on the machine: one line, exit code 1."""
+    """A mistake, or something missing on the machine: told in one line, exit code 1."""
 
     def __init__(self, message):
         super().__init__(" ".join(message.split())[:600])
@@ -330,12 +328,14 @@ def warn(text):
     click.echo(f"warning: {text}", err=True)
 
 
+POSITIVE = click.FloatRange(0, 1e3, min_open=True)
+
+
+def whole(least):
+    return click.IntRange(least, 10**9)
+
+
 def setting(default, kind, doc):
-    """kind: the least of whole numbers, a list of choices, float (positive), or click's type."""
-    if kind is float:
-        kind = click.FloatRange(0, 1e3, min_open=True)
-    elif isinstance(kind, (int, list)):
-        kind = click.Choice(kind) if isinstance(kind, list) else click.IntRange(kind, 10**9)
     return field(default=default, metadata=dict(kind=kind, doc=doc))
 
 
@@ -346,28 +346,30 @@ class Config:
     source: str = setting("cifar100[0:80]", str, "task pretrained on, then to be forgotten")
     target: str = setting("cifar10@50", str, "task transferred to, and to be kept")
     downstream: str = setting("cifar100[80:100]@50", str, "new data of an attacker's")
-    subset_per_class: int = setting(50, 1, "source images a class that an attacker has")
-    oracle_per_class: int = setting(150, 0, "target images a class of oracle; 0: all")
-    split: str = setting("test", ["test", "validation"], "images measured on")
-    image_size: int = setting(0, 0, "pixels a side; 0: as stored")
+    subset_per_class: int = setting(50, whole(1), "source images a class that an attacker has")
+    oracle_per_class: int = setting(150, whole(0), "target images a class of oracle; 0: all")
+    split: str = setting("test", click.Choice(["test", "validation"]), "images measured on")
+    image_size: int = setting(0, whole(0), "pixels a side; 0: as stored")
     network: str = setting("resnet18", str, "backbone")
-    augment: str = setting("crop,flip", ["crop,flip", "crop", "none"], "of training images")
-    batch_size: int = setting(128, 2, "images a step")
-    pretrain_steps: int = setting(15000, 0, "stage 1")
-    pretrain_lr: float = setting(0.1, float, "stage 1, peak learning rate")
-    transfer_steps: int = setting(1500, 0, "stage 2")
-    transfer_lr: float = setting(0.02, float, "stage 2, peak learning rate")
+    augment: str = setting(
+        "crop,flip", click.Choice(["crop,flip", "crop", "none"]), "of training images"
+    )
+    batch_size: int = setting(128, whole(2), "images a step")
+    pretrain_steps: int = setting(15000, whole(0), "stage 1")
+    pretrain_lr: float = setting(0.1, POSITIVE, "stage 1, peak rate")
+    transfer_steps: int = setting(1500, whole(0), "stage 2")
+    transfer_lr: float = setting(0.02, POSITIVE, "stage 2, peak rate")
     # OUR READING: the abstract gives neither similarity, chunks, head nor how losses are balanced.
-    dispose_steps: int = setting(1500, 0, "stage 3")
-    dispose_lr: float = setting(0.2, float, "stage 3, peak learning rate")
+    dispose_steps: int = setting(1500, whole(0), "stage 3")
+    dispose_lr: float = setting(0.2, POSITIVE, "stage 3, peak rate")
     perturb: float = setting(0.5, click.FloatRange(0, 1), "how far to a fresh model stage 3 starts")
-    allowance: float = setting(1.0, float, "how large the retain loss, T^2 KL, may become")
-    similarity: str = setting("dot", ["dot", "cos"], "of gradients, in GC")
-    chunks: int = setting(2, 2, "of a source batch, whose gradients collide")
-    chunk_size: int = setting(64, 2, "images a chunk")
-    fresh_steps: int = setting(5000, 0, "scratch, oracle and METHOD-fresh")
-    fresh_lr: float = setting(0.1, float, "scratch, oracle and METHOD-fresh, peak learning rate")
-    attack_steps: int = setting(500, 0, "stage 4, of the fixed attacker")
+    allowance: float = setting(1.0, POSITIVE, "how large the retain loss, T^2 KL, may become")
+    similarity: str = setting("dot", click.Choice(["dot", "cos"]), "of gradients, in GC")
+    chunks: int = setting(2, whole(2), "of a source batch, whose gradients collide")
+    chunk_size: int = setting(64, whole(2), "images a chunk")
+    fresh_steps: int = setting(5000, whole(0), "scratch, oracle and METHOD-fresh")
+    fresh_lr: float = setting(0.1, POSITIVE, "scratch, oracle and METHOD-fresh, peak rate")
+    attack_steps: int = setting(500, whole(0), "stage 4, of the fixed attacker")
 
     def __post_init__(self):  # what a script gives is checked as the command line's is
         for option in config_options():
@@ -427,7 +429,7 @@ class Task:
 
 
 def stream(*names):
-    """A seed of 63 bits for what `names` name: independent of whatever ran before."""
+    """A seed of 63 bits by names, independent of whatever ran before."""
     return int(hashlib.sha256(repr(names).encode()).hexdigest()[:16], 16) >> 1
 
 
@@ -447,9 +449,9 @@ def with_per_class(name, count):
 
 def load_task(name, seed, data_dir="data", device="cpu", split="test", image_size=0):
     """The Task SET[FROM:TO]@PER_CLASS: classes FROM to TO-1 of a set of DATASETS or an .npz file,
-    labels renumbered from 0; PER_CLASS training images a class, drawn by `seed` (a smaller draw is
-    part of a larger one); test images all kept, or with split "validation" in their place the last
-    tenth of each class's training images. image_size: pixels a side, by area averaging."""
+    renumbered from 0; PER_CLASS training images a class, drawn by `seed` (a smaller draw is part of
+    a larger one). split "validation": in place of the test images the last tenth of each class's
+    training images. image_size: pixels a side, by area averaging."""
     dataset, first, end, per_class = split_task(name)
     x, y, x_test, y_test = load_set(dataset, Path(data_dir))
     count = int(max(y.max(), y_test.max())) + 1
@@ -507,8 +509,8 @@ FORM = (
 
 
 def read_npz(path):
-    """Own data: x_train, x_test (N, H, W, 3) uint8, or grey (N, H, W) or (N, H, W, 1); y_train,
-    y_test (N,) or (N, 1) integers from 0. Gives the images as views (N, 3 or 1, H, W)."""
+    """Own data in that FORM, or with a last axis of 1: x, y to train on and x, y to test on, the
+    images as views (N, 3 or 1, H, W)."""
     found = {}
     try:
         with np.load(path) as file:
@@ -586,7 +588,7 @@ def download(address, sha256, folder):
 
 
 def outline(c, u, v):
-    """Negative where class c's shape is painted: one of eight contours in one of four textures."""
+    """Negative inside class c's shape: one of eight contours in one of four textures."""
     r, t = np.hypot(u, v), np.arctan2(v, u)
     wide, narrow = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
     contours = [
@@ -657,8 +659,9 @@ def augmented(images, how, generator):
         return images
     (b, _, height, width), device = images.shape, images.device
     draw = functools.partial(torch.randint, size=(b, 1), generator=generator, device=device)
-    places, reach = [], max(1, height // 8)
+    places = []
     for side in (height, width):
+        reach = max(1, side // 8)
         at = draw(2 * reach + 1) - reach + torch.arange(side, device=device)  # (B, side)
         places.append(side - 1 - (side - 1 - at.abs()).abs())
     rows, columns = places
@@ -730,7 +733,7 @@ class _NormaliseBackward(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d with a second derivative at a third of the memory traffic, in training."""
+    """nn.BatchNorm2d whose second derivative in training moves a third of the memory."""
 
     def forward(self, x):
         ours = self.training and self.weight is not None and self.momentum is not None
@@ -798,8 +801,7 @@ def new_backbone(network, seed, device):
         raise DTLError(f"no backbone {network!r}: there are {', '.join(BACKBONES)}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        backbone = BACKBONES[network]().to(device)
-    return backbone.to(memory_format=torch.channels_last)
+        return BACKBONES[network]().to(device, memory_format=torch.channels_last)
 
 
 def new_head(features, classes, generator):
@@ -811,14 +813,13 @@ def new_head(features, classes, generator):
 
 
 def with_new_head(backbone, task, config, seed):
-    """A Model of the backbone itself and a new head for the task."""
+    """A Model of the backbone, no copy, and a new head."""
     generator = torch.Generator(task.x.device).manual_seed(stream(seed, "head"))
     with torch.no_grad():
         features = backbone.eval().to(task.x.device)(normalise(task.x[:2]))
     if features.dim() != 2:
         raise DTLError(f"a backbone must give (B, features), not {tuple(features.shape)}")
-    head = new_head(features.shape[1], task.classes, generator)
-    return Model(backbone, head)
+    return Model(backbone, new_head(features.shape[1], task.classes, generator))
 
 
 @torch.no_grad()
@@ -833,14 +834,16 @@ def accuracy(model, task):
 # ---- The one loop, which trains every stage and every attack ----
 
 WEIGHT_DECAY, CLIP = 5e-4, 5.0  # CLIP: largest norm of a step's gradient
-TEMPERATURE = 4.0  # of the distillation from the transferred model, which keeps the target
-LOOK_EVERY = 50  # steps between two looks at the loss terms, which stay on the device till then
+TEMPERATURE = 4.0  # of the distillation that keeps the target: OUR READING
+LOOK_EVERY = 50  # steps; the loss terms stay on the device till then
 LOG = logging.getLogger("dtl")  # its messages are dicts; any handler may watch
 LOG.setLevel(logging.INFO)
 
 
 def one_cycle(steps, peak):
     """A list of learning rates: up to the peak in a quarter of the steps, half a cosine down."""
+    if steps < 1:
+        raise DTLError("0 steps: only a run finds them by its data")
     done = [(step + 1) / (steps + 1) for step in range(steps)]
     down = [0.5 * (1 + math.cos(math.pi * (d - 0.25) / 0.75)) for d in done]
     return [peak * (4 * d if d < 0.25 else fall) for d, fall in zip(done, down)]
@@ -899,23 +902,20 @@ def pretrain(source, config, seed):
     """Stage 1: a Model with a random backbone, trained on the source task."""
     backbone = new_backbone(config.network, stream(seed, "backbone"), source.x.device)
     model = with_new_head(backbone, source, config, seed)
-    schedule = one_cycle(config.pretrain_steps, config.pretrain_lr)
-    return fit(model, source, schedule, config, seed)
+    return fit(model, source, one_cycle(config.pretrain_steps, config.pretrain_lr), config, seed)
 
 
 def transfer(pretrained, target, config, seed):
     """Stage 2: a Model of the pretrained backbone and a new head, trained on the target task."""
     model = with_new_head(copy.deepcopy(pretrained.backbone), target, config, seed)
-    schedule = one_cycle(config.transfer_steps, config.transfer_lr)
-    return fit(model, target, schedule, config, seed)
+    return fit(model, target, one_cycle(config.transfer_steps, config.transfer_lr), config, seed)
 
 
 def dispose(pretrained, transferred, source, target, method, config, seed):
     """Stage 3: the scrubbed Model. It starts part of the way from the transferred model to a fresh
     one (shrink and perturb, arXiv 1910.08475), or fresh if the method's name ends in -fresh. It
     minimises the retain loss, distillation of the transferred model's answers on target images, and
-    the method's forget loss on source images, balanced by an allowance. Source images leave no
-    trace in BatchNorm's running statistics."""
+    the method's forget loss on source images, which leave BatchNorm's running statistics alone."""
     name, allowance = split_method(method)
     forget, fresh, c = METHODS[name], name.endswith("-fresh"), config
     balance = Balance(allowance or c.allowance)
@@ -954,10 +954,10 @@ def dispose(pretrained, transferred, source, target, method, config, seed):
         with running_statistics_kept(student):
             losses = chunk_losses(student.backbone, head, *source_batch(generator), c.chunks)
             params = list(student.backbone.parameters())
-            stats = gradient_stats(
-                [_gc_vector(0, loss, params, create_graph=False) for loss in losses]
-            )
-        return {name: value for name, value in stats.items() if name != "gram"}
+            vectors = [_gc_vector(0, loss, params, create_graph=False) for loss in losses]
+        stats = gradient_stats(vectors)
+        del stats["gram"]
+        return stats
 
     train(student, step_loss, schedule, seed, inspect)
     return student
@@ -965,8 +965,8 @@ def dispose(pretrained, transferred, source, target, method, config, seed):
 
 def piggyback(backbone, task, attacker, config, seed):
     """Stage 4: the PL accuracy, a float, that an attacker of ATTACKERS reaches on a piggyback Task.
-    backbone: any module that gives (B, features) for the (B, 3, H, W) floats of `normalise`; the
-    attacker gets a copy, all of which requires grad. By seed, all get the same head and batches."""
+    backbone: any module that gives (B, features) for the (B, 3, H, W) floats of `normalise`; all of
+    a copy is trained. The seed decides head and batches."""
     copied = copy.deepcopy(backbone).requires_grad_(True)
     return accuracy(ATTACKERS[attacker](copied, task, config, seed), task)
 
@@ -988,18 +988,17 @@ class Context:
 
 
 def chunk_losses(backbone, head, x, y, chunks):
-    parts = zip(x.chunk(chunks), y.chunk(chunks))
-    return [F.cross_entropy(head(backbone(images)), labels) for images, labels in parts]
+    pairs = zip(x.chunk(chunks), y.chunk(chunks))
+    return [F.cross_entropy(head(backbone(x)), y) for x, y in pairs]
 
 
-def gradient_collision(context, with_head=False):
+def gradient_collision(context):
     """OUR READING: GC through a random head, over the backbone's gradients. A trained head would
     lead to the source optimum; gradients of the head, too, would ask for small features."""
-    c, backbone, head = context.config, context.student.backbone, context.source_head
-    head = new_head(head.in_features, head.out_features, context.generator)
-    params = [*backbone.parameters(), *(head.parameters() if with_head else ())]
+    c, backbone, trained = context.config, context.student.backbone, context.source_head
+    head = new_head(trained.in_features, trained.out_features, context.generator)
     losses = chunk_losses(backbone, head, context.x, context.y, c.chunks)
-    return gradient_collision_loss(losses, params, similarity=c.similarity)
+    return gradient_collision_loss(losses, backbone.parameters(), similarity=c.similarity)
 
 
 def uniform_labels(context):
@@ -1028,11 +1027,12 @@ METHODS = {  # name -> forget loss, a function of a Context, or None: the retain
 def split_method(method):
     """'gc@0.5' -> ('gc', 0.5); 'gc' -> ('gc', None): the configured allowance."""
     name, at, number = method.partition("@")
-    right = METHODS.get(name) and re.fullmatch(r"\d+(\.\d+)?", number)
-    if name not in METHODS or at and not (right and 1e-4 <= float(number) <= 1e3):
-        told = f"{method!r} is not of {', '.join(METHODS)}, with @0.0001 to @1000 if it forgets"
-        raise DTLError(f"--methods: {told}")
-    return name, float(number) if at else None
+    if name in METHODS and not at:
+        return name, None
+    if METHODS.get(name) and re.fullmatch(r"\d+(\.\d+)?", number) and 1e-4 <= float(number) <= 1e3:
+        return name, float(number)
+    told = f"{method!r} is not of {', '.join(METHODS)}, with @0.0001 to @1000 if it forgets"
+    raise DTLError(f"--methods: {told}")
 
 
 def attack(backbone, task, config, seed, times, lr):
@@ -1064,8 +1064,6 @@ ATTACKERS = {  # name -> function of (backbone, its own to change; task; config;
 REFERENCES = ("scratch", "oracle", "transferred")
 MADE_FROM = {"pretrained": [], "scratch": [], "oracle": [], "transferred": ["pretrained"]}
 RESULT = ("seed", "model", "metric", "task", "attacker")  # of a value in results.jsonl
-# What reading a line of results or a config.json raises that this program did not write.
-NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def write(path, data):
@@ -1100,7 +1098,7 @@ def load(path):
 
 
 def load_model(path, device="cpu", **expected):
-    """A Model that a run saved, as in dtl.load_model("runs/demo/seed0/gc.pt"), to be evaluated."""
+    """A Model that a run saved, as in "runs/demo/seed0/gc.pt", in evaluation mode."""
     saved = load(path)
     for name, value in expected.items():
         if saved.get(name) != value:
@@ -1115,15 +1113,17 @@ def load_model(path, device="cpu", **expected):
 def describe(config):
     """What config.json holds: settings, and the digests of own data and of the code that runs."""
 
-    def digests(files, name_of):
-        return {name_of(f): hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files}
+    def digest(file):
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
-    tasks = filter(None, (config.source, config.target, config.downstream))
-    data = sorted({split_task(task)[0] for task in tasks} - DATASETS.keys())
+    settings = asdict(config)
+    for task in filter(None, (config.source, config.target, config.downstream)):
+        name = split_task(task)[0]
+        if name.lower().endswith(".npz"):
+            settings[name] = digest(name)
     main = getattr(sys.modules["__main__"], "__file__", None) or __file__
-    code = sorted({file for file in (__file__, main) if Path(file).is_file()})
-    settings = asdict(config) | digests(data, str)
-    return dict(settings=settings, code=digests(code, lambda file: Path(file).name))
+    files = [Path(file) for file in (__file__, main) if Path(file).is_file()]
+    return dict(settings=settings, code={file.name: digest(file) for file in files})
 
 
 def check_folder(out, now):
@@ -1131,13 +1131,14 @@ def check_folder(out, now):
     path, differ = out / "config.json", {}
     if not path.exists() or not any(out.glob("seed*/*.pt")):  # what made nothing blocks nothing
         return path.unlink(missing_ok=True)
+    text = path.read_bytes()
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(text)
         for part, new in now.items():
             old = before[part]
-            names = [name for name in old | new if old.get(name) != new.get(name)]
-            differ[part] = "; ".join(f"{k} {old.get(k)}, not {new.get(k)}" for k in names)
-    except NOT_OURS:
+            pairs = {k: (old.get(k), new.get(k)) for k in old | new}
+            differ[part] = "; ".join(f"{k} {a}, not {b}" for k, (a, b) in pairs.items() if a != b)
+    except Exception:  # whatever a foreign file raises
         raise DTLError(f"{path} is damaged, or not ours: give another --out") from None
     if differ["settings"]:
         way = "give another --out (a copy of its seed*/pretrained.pt there is a start)"
@@ -1154,7 +1155,7 @@ def read_results(out):
     """{(seed, model, metric, task, attacker): value}; what is no line of results is passed over."""
     path, found = Path(out, "results.jsonl"), {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(*NOT_OURS):
+        with contextlib.suppress(Exception):  # whatever a foreign line raises
             record = json.loads(line)
             found[tuple(record[name] for name in RESULT)] = float(record["value"])
     return found
@@ -1163,10 +1164,10 @@ def read_results(out):
 def tidy(out):
     """Before anything is made: lines of results go that are damaged or of a missing model."""
     path, found = out / "results.jsonl", read_results(out)
-    kept = [key for key in found if (out / f"seed{key[0]}" / f"{key[1]}.pt").exists()]
+    kept = [key for key in found if (out / f"seed{key[0]}/{key[1]}.pt").exists()]
     lines = b"".join(result_line(key, found[key]) for key in kept)
     if path.exists() and path.read_bytes() != lines:
-        warn(f"{path}: dropped lines damaged or of a missing model")
+        warn(f"{path}: dropped lines damaged, double or of a missing model")
         write(path, lines)
 
 
@@ -1222,7 +1223,7 @@ class Run:
 
     def model(self, name):
         """`pretrained`, `transferred`, `scratch`, `oracle` or a method's: loaded, or made."""
-        path, c = self.out / f"seed{self.seed}" / f"{name}.pt", self.config
+        path, c = self.out / f"seed{self.seed}/{name}.pt", self.config
         kind = dict(network=c.network, source=c.source)  # a copied pretrained.pt must fit
         if not path.exists():
             earlier = [self.model(m) for m in MADE_FROM.get(name, ["pretrained", "transferred"])]
@@ -1244,9 +1245,11 @@ class Run:
             return pretrain(task, c, stream(self.seed, "fresh"))
         return dispose(*earlier, source, target, name, c, stream(self.seed, "dispose"))
 
-    def measure(self, model, metric, task=None, attacker=None):
-        """Adds a line to results.jsonl, unless it is there: `source_accuracy`, `target_accuracy`,
-        or `pl_accuracy` by an attacker on a piggyback task."""
+    def measure(self, model, task=None, attacker=None):
+        """Adds a line to results.jsonl, unless it is there: a model's accuracy on the task that it
+        was trained for, or the PL accuracy by an attacker on a piggyback task."""
+        trained_for = "source" if model == "pretrained" else "target"
+        metric = "pl_accuracy" if attacker else f"{trained_for}_accuracy"
         key = (self.seed, model, metric, task, attacker)
         if key in self.results:
             return
@@ -1257,20 +1260,20 @@ class Run:
             seed = stream(self.seed, "piggyback", task)
             value = piggyback(made.backbone, self.tasks[task], attacker, self.config, seed)
         else:
-            value = accuracy(made, self.tasks[metric.split("_")[0]])
+            value = accuracy(made, self.tasks[trained_for])
         append(self.out / "results.jsonl", result_line(key, value))
         self.results[key] = value
         LOG.info({metric: value})
 
 
 # ---- The report: rows are models, columns what was measured ----
-# From one dict of per cent by seed: (model, "target"), (model, task, attacker) -> list of floats
 
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of 1 .. 9 degrees of freedom
 
 
 def collect(results, seeds, models, tasks, attackers):
-    """That dict. "strongest" is, for each model and task, the attacker of the highest mean."""
+    """{(model, "target") or (model, task, attacker): per cent, one a seed}. "strongest" is the
+    attacker of the highest mean."""
     found = {}
     for m in models:
         found[m, "target"] = [100 * results[s, m, "target_accuracy", None, None] for s in seeds]
@@ -1284,8 +1287,8 @@ def collect(results, seeds, models, tasks, attackers):
 
 
 def cell(values):
-    """48.5, or of several seeds with half of a 95% t-interval, 48.5 ± 1.2 (of more than ten seeds
-    a little too wide). Rounded twice: what is a tie on one machine is one on all."""
+    """48.5, or of several seeds 48.5 ± 1.2, half of a 95% t-interval. Rounded to 9 places first,
+    that a tie be one on every machine."""
     text, n = f"{round(np.mean(values), 9):.1f}", len(values)
     if n == 1:
         return text
@@ -1316,13 +1319,13 @@ def in_words(numbers):
         for (model, task, *attacker), value in mean.items():
             if model != m or not attacker:
                 continue
-            gets[task] = f"{value:.1f}% on {task}"  # of several attackers the strongest comes last
+            gets[task] = f"{value:.1f}% on {task}"
+            by = attacker[0]  # the last one: the only attacker, or "strongest"
             if value < mean.get(("oracle", task, *attacker), 0) - 3 and attacker != ["strongest"]:
                 told = f"- {m}, {attacker[0]} on {task}: over 3 points less than from oracle"
-                why = "a broken starting point, not forgetting"
-                lines.append(f"{told}, {why}.")
+                lines.append(f"{told}, a broken starting point, not forgetting.")
         told = f"- {m} changes target accuracy by {mean[m, 'target'] - before:+.1f} points"
-        lines.append(f"{told}; the strongest attacker gets {' and '.join(gets.values())}.")
+        lines.append(f"{told}; the {by} attacker gets {' and '.join(gets.values())}.")
     return lines
 
 
@@ -1348,7 +1351,7 @@ def report(out, config, about, seeds, models, tasks, attackers):
 def find_device(gpu):
     count = torch.cuda.device_count()
     if gpu is not None and gpu >= count:
-        seen = f"this PyTorch ({torch.__version__}) sees {count} CUDA devices, numbered from 0"
+        seen = f"torch {torch.__version__} sees {count} CUDA devices, numbered from 0"
         raise DTLError(f"--gpu {gpu}: {seen}; leave it out for the CPU")
     return torch.device("cpu" if gpu is None else f"cuda:{gpu}")
 
@@ -1395,9 +1398,9 @@ def run(stage, preset, gpu, seeds, methods, attackers, out, data_dir, **settings
         tasks = [task for task in ("source-subset", "downstream") if task in runs[0].tasks]
     LOG.addHandler(Watch(out))
     for one, model in itertools.product(runs, ["pretrained", *models]):
-        one.measure(model, "source_accuracy" if model == "pretrained" else "target_accuracy")
+        one.measure(model)
         for task, attacker in itertools.product(tasks, attackers if model in models else ()):
-            one.measure(model, "pl_accuracy", task, attacker)
+            one.measure(model, task, attacker)
     if tasks:
         click.echo(report(out, runs[0].config, about, seeds, models, tasks, attackers))
         click.echo(f"wrote {out / 'report.md'}, {out / 'results.jsonl'}")
@@ -1411,7 +1414,9 @@ def about_this(device):
         f"numpy {np.__version__}; {machine}, {torch.get_num_threads()} threads",
         f"C routine {native_routine()[1]}",
     ]
-    command = ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
+    script = Path(sys.argv[0])
+    name = script.name if script.is_absolute() else str(script)
+    command = ["python"] * name.endswith(".py") + [name, *sys.argv[1:]]
     return [shlex.join(command), ", ".join(parts)]
 
 
@@ -1426,7 +1431,6 @@ class Command(click.Command):
         return super().parse_args(context, args)
 
     def invoke(self, context):
-        LOG.handlers[:] = [h for h in LOG.handlers if not isinstance(h, Watch)]
         try:
             return super().invoke(context)
         except OSError as error:
@@ -1435,7 +1439,10 @@ class Command(click.Command):
             told = f"a smaller --batch-size or --chunk-size may do: {error}"
         except DTLError as error:
             told = error.message
-        stages = [f"{h.stage}: " for h in LOG.handlers if isinstance(h, Watch) and h.stage]
+        finally:
+            watches = [handler for handler in LOG.handlers if isinstance(handler, Watch)]
+            LOG.handlers[:] = [handler for handler in LOG.handlers if handler not in watches]
+        stages = [f"{watch.stage}: " for watch in watches if watch.stage]
         raise DTLError("".join(stages) + told)
 
 

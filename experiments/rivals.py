@@ -76,6 +76,15 @@ def gradient_norm(context):
     return sum(gradient.square().sum() for gradient in gradients)
 
 
+def collision_with_head(context):
+    """GC over the fresh head's gradients, too."""
+    c, backbone, trained = context.config, context.student.backbone, context.source_head
+    head = dtl.new_head(trained.in_features, trained.out_features, context.generator)
+    losses = dtl.chunk_losses(backbone, head, context.x, context.y, c.chunks)
+    params = [*backbone.parameters(), *head.parameters()]
+    return dtl.gradient_collision_loss(losses, params, similarity=c.similarity)
+
+
 def collision_through_source_head(context):
     """GC through the trained head, whose nearest stationary point is the source optimum itself."""
     c, backbone = context.config, context.student.backbone
@@ -89,7 +98,7 @@ dtl.METHODS |= {
     "bad-teacher": bad_teacher,
     "scrub": scrub,
     "gradient-norm": gradient_norm,
-    "gc-head": functools.partial(dtl.gradient_collision, with_head=True),
+    "gc-head": collision_with_head,
     "gc-source-head": collision_through_source_head,
     "random-labels-fresh": random_labels,
     "gradient-norm-fresh": gradient_norm,
