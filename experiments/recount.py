@@ -1,8 +1,9 @@
 """Counts a run's results again, with none of the program's code: its table, and how methods differ.
 
-    python experiments/recount.py OUT
+    python experiments/recount.py OUT [ATTACKER,...]
 
-Reads OUT/results.jsonl. Differences are paired by seed; ± is half of a 95% t-interval.
+Reads OUT/results.jsonl, all attackers or those named. Differences are paired by seed; ± is half of
+a 95% t-interval.
 """
 
 import json
@@ -44,10 +45,12 @@ def markdown(rows):
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
-def main(out):
+def main(out, named=""):
     found, seeds, models, tasks, attackers = {}, {}, {}, {}, {}  # dicts as ordered sets
     for line in Path(out, "results.jsonl").read_text().splitlines():
         r = json.loads(line)
+        if named and r["attacker"] and r["attacker"] not in named.split(","):
+            continue
         if r["metric"] != "source_accuracy":
             found[r["seed"], r["model"], r["task"], r["attacker"]] = 100 * r["value"]
             seeds[r["seed"]] = models[r["model"]] = True
@@ -55,28 +58,32 @@ def main(out):
             tasks[r["task"]] = attackers[r["attacker"]] = True
     wanted = [(None, None), *((task, a) for task in tasks for a in attackers)]
     whole = [m for m in models if all((s, m, *w) in found for s in seeds for w in wanted)]
-    rows, strongest = [["model", "target %"]], {}
+    rows, compared = [["model", "target %"]], {}
     shown = [*attackers, "strongest"] if len(attackers) > 1 else [*attackers]
     rows[0] += [f"{task}, {a} %" for task in tasks for a in shown]
+    ends = (None, shown[0], shown[-1])
     for m in whole:
         by_seed = {w: np.array([found[(s, m, *w)] for s in seeds]) for w in wanted}
-        strongest[m] = [by_seed[None, None]]
         for task in tasks:
             best = max((by_seed[task, a] for a in attackers), key=np.mean)
-            strongest[m].append(by_seed.setdefault((task, "strongest"), best))
+            by_seed.setdefault((task, "strongest"), best)
         columns = [(None, None), *((task, a) for task in tasks for a in shown)]
         rows.append([m, *(cell(by_seed[column]) for column in columns)])
+        compared[m] = {column: by_seed[column] for column in columns if column[1] in ends}
     print(markdown(rows))
     if left := [m for m in models if m not in whole]:
         print(f"\nnot measured for every seed and attacker, and left out: {', '.join(left)}")
-    rows = [["difference, points", "target", *(f"{task}, strongest" for task in tasks)]]
+    rows = []
     for a, b in combinations([m for m in whole if m not in REFERENCES], 2):
-        differences = [of_a - of_b for of_a, of_b in zip(strongest[a], strongest[b])]
-        rows.append([f"{a} - {b}", *(cell(values, "+.1f") for values in differences)])
-    print(f"\n{markdown(rows)}")
+        differences = {column: compared[a][column] - compared[b][column] for column in compared[a]}
+        rows.append([f"{a} - {b}", *(cell(values, "+.1f") for values in differences.values())])
+    if rows:
+        names = [f"{task}, {attacker}" if task else "target" for task, attacker in differences]
+        rows.insert(0, ["difference, points", *names])
+        print(f"\n{markdown(rows)}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    main(sys.argv[1])
+    main(*sys.argv[1:])

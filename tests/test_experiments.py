@@ -1,6 +1,7 @@
 """The scripts in experiments/: each runs, adds what it says it adds, and counts right."""
 
 import contextlib
+import itertools
 import json
 import os
 import runpy
@@ -80,14 +81,19 @@ def test_recount_and_picture(script, tmp_path):
     numbers = dtl.collect(results, seeds, models, TASKS, ["fixed", "long"])
     printed = script("recount.py", tmp_path).splitlines()
     assert printed[: len(models) + 2] == dtl.table(numbers)
+    alone = script("recount.py", tmp_path, "long").splitlines()
+    assert alone[: len(models) + 2] == dtl.table(
+        dtl.collect(results, seeds, models, TASKS, ["long"])
+    )
     change = np.subtract(numbers["gc", "target"], numbers["gc-fresh@0.5", "target"])
     half = 3.182 * change.std(ddof=1) / 2
     assert f"| gc - gc-fresh@0.5  | {change.mean():+.1f} ± {half:.1f} " in printed[-1]
     script("picture.py", tmp_path, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    for panel, task in zip(pyplot.gcf().axes, TASKS):
+    panels = itertools.product(("fixed", "strongest"), TASKS)
+    for panel, (by, task) in zip(pyplot.gcf().axes, panels, strict=True):
         assert set(models[1:]) < {text.get_text() for text in panel.texts}
         for m in models[1:]:  # all but scratch
-            point = np.mean(numbers[m, "target"]), np.mean(numbers[m, task, "strongest"])
+            point = np.mean(numbers[m, "target"]), np.mean(numbers[m, task, by])
             assert any(np.allclose(point, xy) for line in panel.lines for xy in line.get_xydata())
             assert panel.bbox.contains(*panel.transData.transform(point))
