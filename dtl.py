@@ -42,7 +42,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 
 # ---- The Gradient Collision loss, to copy: it needs torch alone ----

@@ -146,3 +146,16 @@ def test_figures_are_those_a_run_wrote(name):
     columns = [report[0].index(column) for column in wanted]
     written = [[row[k] for k in columns] for row in report]
     assert len(shown) > 5 and all(row in written for row in shown[1:])
+
+
+@pytest.mark.parametrize("folder", ["demo", "front"])
+def test_a_published_table_is_that_of_its_records(folder):
+    """Of the attackers that attacked every model."""
+    folder = ROOT / "experiments" / folder
+    shown, results = rows_of((folder / "report.md").read_text()), dtl.read_results(folder)
+    models = [row[0] for row in shown[1:]]
+    attackers = dict.fromkeys(re.findall(r"source-subset, (\w+) %", " ".join(shown[0])))
+    attackers.pop("strongest")
+    seeds, tasks = dict.fromkeys(key[0] for key in results), ["source-subset", "downstream"]
+    numbers = dtl.collect(results, [*seeds], models, tasks, [*attackers])
+    assert len(seeds) == 5 and rows_of("\n".join(dtl.table(numbers))) == shown
