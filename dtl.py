@@ -844,9 +844,12 @@ def one_cycle(steps, peak):
     """A list of learning rates: up to the peak in a quarter of the steps, half a cosine down."""
     if steps < 1:
         raise DTLError("0 steps: only a run finds them by its data")
-    done = [(step + 1) / (steps + 1) for step in range(steps)]
-    down = [0.5 * (1 + math.cos(math.pi * (d - 0.25) / 0.75)) for d in done]
-    return [peak * (4 * d if d < 0.25 else fall) for d, fall in zip(done, down)]
+    rates = []
+    for step in range(1, steps + 1):
+        done = step / (steps + 1)
+        falling = 0.5 * (1 + math.cos(math.pi * (done - 0.25) / 0.75))
+        rates.append(peak * (4 * done if done < 0.25 else falling))
+    return rates
 
 
 def train(model, step_loss, schedule, seed, inspect=None):
