@@ -148,6 +148,14 @@ def test_figures_are_those_a_run_wrote(name):
     assert len(shown) > 5 and all(row in written for row in shown[1:])
 
 
+def test_the_first_paragraphs_figures_are_those_a_run_wrote():
+    paragraph = re.search(r"^\*\*Does it work\?.*?\n\n", README, re.S | re.M)[0]
+    report = (ROOT / "experiments/front/report.md").read_text()
+    means = {cell.split(" ")[0] for row in rows_of(report) for cell in row}
+    figures = re.findall(r"\d+\.\d(?=%)", paragraph)
+    assert len(figures) > 4 and set(figures) <= means
+
+
 @pytest.mark.parametrize("folder", ["demo", "front"])
 def test_a_published_table_is_that_of_its_records(folder):
     """Of the attackers that attacked every model."""
