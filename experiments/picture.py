@@ -4,7 +4,7 @@
 
 OUT is the folder of `python dtl.py all`; the picture becomes PNG, or else OUT/picture.png. A row of
 panels is by the fixed attacker, one by the strongest of those that attacked every model. A line
-joins the points of one method under several allowances, as of gc@0.5, gc and gc@2. The model
+joins the points of one method under several allowances, as of @0.5, gc and @2. The model
 `scratch`, far to the left of all others, is left out.
 """
 
@@ -48,18 +48,19 @@ def read(path):
     return points
 
 
-def write_names(panel, points, taken):
+def write_names(panel, points, colours, taken):
     """Each name where it covers least of the lines, points and other words, which are `taken`."""
     for line in panel.lines:
         for x, y in line.get_transform().transform(line.get_path().interpolated(20).vertices):
             taken.append(Bbox([(x - 4, y - 4), (x + 4, y + 4)]))
     for name, point in sorted(points.items(), key=lambda item: item[1]):
-        texts = []
+        texts, method = [], name.split("@")[0]
+        shown = name.removeprefix(method) if name != method and method in points else name
         for x, y in PLACES:
             ha = {-1: "right", 0: "center", 1: "left"}[np.sign(x)]
             va = {-1: "top", 0: "center", 1: "bottom"}[np.sign(y)]
-            how = dict(textcoords="offset points", ha=ha, va=va, fontsize=8)
-            texts.append(panel.annotate(name, point, (x, y), **how))
+            how = dict(textcoords="offset points", ha=ha, va=va, fontsize=8, color=colours[method])
+            texts.append(panel.annotate(shown, point, (x, y), **how))
         boxes = [text.get_window_extent() for text in texts]
         covered = [sum(box.overlaps(other) for other in taken) for box in boxes]
         for k, box in enumerate(boxes):
@@ -73,13 +74,14 @@ def write_names(panel, points, taken):
 
 def draw(panel, points, default):
     """One panel; default: the allowance of a method that is named without one."""
-    lines, levels = {}, []
+    lines, levels, colours = {}, [], {}
     for name, point in points.items():
         method, _, allowance = name.partition("@")
         lines.setdefault(method, []).append((float(allowance or default), *point))
-    for line in lines.values():
+    for method, line in lines.items():
         _, across, up = zip(*sorted(line))
-        panel.plot(across, up, "o-k", ms=5, lw=0.8)
+        colours[method] = f"C{len(colours)}" if len(line) > 1 else "black"
+        panel.plot(across, up, "o-", color=colours[method], ms=5, lw=0.8)
     panel.margins(0.15)
     panel.autoscale_view()  # now, before names are placed
     panel.set_autoscale_on(False)
@@ -90,7 +92,7 @@ def draw(panel, points, default):
             where = (panel.get_xlim()[0], level), (3, 2)
             how = dict(textcoords="offset points", fontsize=7, color="0.4")
             levels.append(panel.annotate(words, *where, **how).get_window_extent())
-    write_names(panel, points, levels)
+    write_names(panel, points, colours, levels)
 
 
 def main(out, png=None):

@@ -148,8 +148,9 @@ def test_figures_are_those_a_run_wrote(name):
     assert len(shown) > 5 and all(row in written for row in shown[1:])
 
 
-def test_the_first_paragraphs_figures_are_those_a_run_wrote():
-    paragraph = re.search(r"^\*\*Does it work\?.*?\n\n", README, re.S | re.M)[0]
+@pytest.mark.parametrize("text", [README, dtl.__doc__], ids=["README", "docstring"])
+def test_the_first_paragraphs_figures_are_those_a_run_wrote(text):
+    paragraph = re.search(r"^(\*\*Does it work\?|From CIFAR).*?\n\n", text, re.S | re.M)[0]
     report = (ROOT / "experiments/front/report.md").read_text()
     means = {cell.split(" ")[0] for row in rows_of(report) for cell in row}
     figures = re.findall(r"\d+\.\d(?=%)", paragraph)
