@@ -20,7 +20,7 @@ From CIFAR-100 to CIFAR-10 at 16 pixels GC brings a short attack on the source f
 and a stronger one to 39.1%; a model that never saw the source gives them 25.1% and 35.8% (five
 seeds; experiments/README.md).
 
-No official code is public. What the abstract leaves open is marked OUR READING below.
+No official code is public. What the abstract leaves open is OUR READING; the README lists it.
 """
 
 import copy
