@@ -293,7 +293,8 @@ def gradient_stats(gradients, backend="auto"):
     floats `gc_dot`, `gc_cos`, the GC loss (0 if n is 1), and `squared_norm`, the mean of |g_i|^2.
     backend: "native" (the C routine; on the CPU, n <= 1024), "torch" or "auto". Else ValueError."""
     rows, n = [g.detach().resolve_neg().contiguous() for g in gradients], len(gradients)
-    kinds, (module, why) = {(*g.shape, g.dtype, g.device) for g in rows}, native_routine()
+    kinds = {(*g.shape, g.dtype, g.device) for g in rows}
+    module, why = native_routine()
     if len(kinds) != 1 or rows[0].dim() != 1 or rows[0].dtype not in (torch.float32, torch.float64):
         raise ValueError(f"vectors (p,) float32 or float64 of one kind are needed, not {kinds}")
     native = module is not None and rows[0].device.type == "cpu" and n <= 1024
@@ -929,9 +930,11 @@ def dispose(pretrained, transferred, source, target, method, config, seed):
     teacher = copy.deepcopy(transferred).eval().requires_grad_(False)
     source_head = copy.deepcopy(pretrained.head).requires_grad_(False)
     backbone = new_backbone(c.network, stream(seed, "student"), target.x.device)
-    new = student = with_new_head(backbone, target, c, stream(seed, "student"))
-    schedule = one_cycle(c.fresh_steps, c.fresh_lr)
-    if not fresh:
+    new = with_new_head(backbone, target, c, stream(seed, "student"))
+    if fresh:
+        student = new
+        schedule = one_cycle(c.fresh_steps, c.fresh_lr)
+    else:
         student = copy.deepcopy(transferred)
         schedule = one_cycle(c.dispose_steps, c.dispose_lr)
         with torch.no_grad():

@@ -11,6 +11,7 @@ variant() { # NAME METHODS OPTIONS...; beside the first one only `gc` differs
             mkdir -p "$out/seed$seed"
             cp -n runs/ablation/plain/seed$seed/{pretrained,transferred,scratch,oracle}.pt "$out/seed$seed"
         done
+        cp -n runs/ablation/plain/results.jsonl "$out" # lines of models that are not there are dropped
     fi
     python experiments/rivals.py all --split validation --seeds 30,31 --attackers fixed,rescaled \
         --out "$out" --methods "${@:2}"

@@ -1,10 +1,9 @@
 """The sceptic's attack on the models of front.sh, on the source subset: what that script's third
 part became for want of time, with the methods at twice the default allowance, too.
 
-    python experiments/front_sceptic.py SEEDS FILE      # SEEDS as in 10,11; adds lines to FILE
+    python experiments/front_sceptic.py SEEDS OUT       # as 10,11; adds to OUT/results.jsonl
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -19,21 +18,21 @@ MODELS = (
 )
 
 
-def main(seeds, file):
+def main(seeds, out):
+    there = dtl.read_results(out)
     settings = dtl.PRESETS["own"] | dict(attack_steps=200)  # those that the run found by its data
     config, source = dtl.Config(**settings), pairs.PAIRS["c100-c10"][0]
     for seed in map(int, seeds.split(",")):
         task = dtl.load_task(f"{pairs.FOLDER}/{source}@{config.subset_per_class}", seed)
         for m in MODELS.split():
             key = seed, m, "pl_accuracy", "source-subset", "sceptic"
-            there = Path(file).read_text().splitlines() if Path(file).exists() else []
-            if any(tuple(json.loads(line)[n] for n in dtl.RESULT) == key for line in there):
+            if key in there:
                 continue
             model = dtl.load_model(f"runs/front/{seed}/seed{seed}/{m}.pt")
             at = dtl.stream(seed, "piggyback", "source-subset")
             value = dtl.piggyback(model.backbone, task, "sceptic", config, at)
             print(seed, m, value, flush=True)
-            dtl.append(Path(file), dtl.result_line(key, value))
+            dtl.append(Path(out, "results.jsonl"), dtl.result_line(key, value))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python experiments/picture.py OUT [PNG]
 
 OUT is the folder of `python dtl.py all`; the picture becomes PNG, or else OUT/picture.png. A row of
-panels is by the fixed attacker, one by the strongest of those that attacked every model. A line
-joins the points of one method under several allowances, as of @0.5, gc and @2. The model
-`scratch`, far to the left of all others, is left out.
+panels is by the first attacker, as `fixed`, one by the strongest of those that attacked every
+model. A line joins the points of one method under several allowances, as of @0.5, gc and @2. The
+model `scratch`, far to the left of all others, is left out.
 """
 
 import json
@@ -27,7 +27,7 @@ PLACES = [(7, 0), (-7, 0), (0, 7), (0, -7), (6, 8), (-6, 8), (6, -8), (-6, -8), 
 
 
 def read(path):
-    """{(task, "fixed" or "strongest"): {model: (mean target accuracy, mean PL accuracy)}}, in %."""
+    """{(task, first attacker or "strongest"): {model: (mean target, mean PL accuracy)}}, in %."""
     by_seed, values, points = {}, {}, {}
     for line in path.read_text().splitlines():
         r = json.loads(line)
@@ -40,7 +40,8 @@ def read(path):
     common = [
         a for a in attackers if a and all((m, t, a) in mean for m in models for t in tasks if t)
     ]
-    for which in ("fixed", "strongest"):
+    rows = [common[0], "strongest"] if len(common) > 1 else common
+    for which in rows:
         for task in sorted(filter(None, tasks), reverse=True):  # source-subset, downstream
             for m in models:
                 by = [mean[m, task, a] for a in common if which == "strongest" or a == which]
@@ -99,10 +100,11 @@ def main(out, png=None):
     out, settings, png = Path(out), Path(out, "config.json"), png or Path(out, "picture.png")
     default = json.loads(settings.read_text())["settings"]["allowance"] if settings.exists() else 1
     points = read(out / "results.jsonl")
-    columns = len(points) // 2
-    size = dict(figsize=(5 * columns, 8), dpi=100, squeeze=False)
-    chart, panels = pyplot.subplots(2, columns, **size)
-    chart.subplots_adjust(0.12 / columns, 0.06, 0.99, 0.97, wspace=0.14, hspace=0.22)
+    columns = len({task for task, _ in points})
+    rows = len(points) // columns
+    size = dict(figsize=(5 * columns, 4 * rows), dpi=100, squeeze=False)
+    chart, panels = pyplot.subplots(rows, columns, **size)
+    chart.subplots_adjust(0.12 / columns, 0.12 / rows, 0.99, 1 - 0.06 / rows, 0.14, 0.22)
     for panel, ((task, which), of_models) in zip(panels.flat, points.items()):
         draw(panel, of_models, default)
         panel.set_title(f"{task}: PL accuracy of the {which} attacker, %", fontsize=9, loc="left")

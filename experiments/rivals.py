@@ -65,31 +65,38 @@ def scrub(context):
     return -divergence(student, teacher).clamp(max=math.log(student.shape[1])).mean()
 
 
+def fresh_head(context):
+    """A random one of the source head's shape, drawn anew at every step."""
+    trained = context.source_head
+    return dtl.new_head(trained.in_features, trained.out_features, context.generator)
+
+
 def gradient_norm(context):
     """Squared norm of the whole batch's gradient. The mean of GC over batches is that of the source
     task's own gradient; this holds the noise of one batch, too, which is many times as much."""
-    head = context.source_head
-    head = dtl.new_head(head.in_features, head.out_features, context.generator)
-    backbone = context.student.backbone
+    head, backbone = fresh_head(context), context.student.backbone
     loss = F.cross_entropy(head(backbone(context.x)), context.y)
     gradients = torch.autograd.grad(loss, list(backbone.parameters()), create_graph=True)
     return sum(gradient.square().sum() for gradient in gradients)
 
 
+def collision_through(context, head, *more):
+    """GC through a head, over the backbone's gradients and those of `more` parameters."""
+    c, backbone = context.config, context.student.backbone
+    losses = dtl.chunk_losses(backbone, head, context.x, context.y, c.chunks)
+    params = [*backbone.parameters(), *more]
+    return dtl.gradient_collision_loss(losses, params, similarity=c.similarity)
+
+
 def collision_with_head(context):
     """GC over the fresh head's gradients, too."""
-    c, backbone, trained = context.config, context.student.backbone, context.source_head
-    head = dtl.new_head(trained.in_features, trained.out_features, context.generator)
-    losses = dtl.chunk_losses(backbone, head, context.x, context.y, c.chunks)
-    params = [*backbone.parameters(), *head.parameters()]
-    return dtl.gradient_collision_loss(losses, params, similarity=c.similarity)
+    head = fresh_head(context)
+    return collision_through(context, head, *head.parameters())
 
 
 def collision_through_source_head(context):
     """GC through the trained head, whose nearest stationary point is the source optimum itself."""
-    c, backbone = context.config, context.student.backbone
-    losses = dtl.chunk_losses(backbone, context.source_head, context.x, context.y, c.chunks)
-    return dtl.gradient_collision_loss(losses, backbone.parameters(), similarity=c.similarity)
+    return collision_through(context, context.source_head)
 
 
 dtl.METHODS |= {

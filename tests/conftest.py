@@ -37,6 +37,7 @@ TINY = dict(
     attack_steps=1,
 )
 TINY_METHODS = ("uniform", "gc", "gc-fresh")  # without, with, and with GC into a fresh backbone
+TASKS = ("source-subset", "downstream")
 MODELS = ("scratch", "oracle", "transferred", *TINY_METHODS)  # the rows of its table
 
 THREADS = torch.get_num_threads()

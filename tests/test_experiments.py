@@ -10,10 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import TASKS
 
 import dtl
-
-TASKS = ("source-subset", "downstream")
 
 RIVALS = "neggrad random-labels bad-teacher scrub gradient-norm gc-head gc-source-head".split()
 RIVALS += ["random-labels-fresh", "gradient-norm-fresh"]
@@ -88,6 +87,11 @@ def test_recount_and_picture(script, tmp_path):
     change = np.subtract(numbers["gc", "target"], numbers["gc-fresh@0.5", "target"])
     half = 3.182 * change.std(ddof=1) / 2
     assert f"| gc - gc-fresh@0.5  | {change.mean():+.1f} ± {half:.1f} " in printed[-1]
+    (folder := tmp_path / "alone").mkdir()
+    text = "\n".join(line for line in lines if '"fixed"' not in line)
+    (folder / "results.jsonl").write_text(text)
+    script("picture.py", folder)  # one attacker, another one: one row
+    assert len(pyplot.gcf().axes) == len(TASKS) and (folder / "picture.png").exists()
     script("picture.py", tmp_path, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     panels = itertools.product(("fixed", "strongest"), TASKS)

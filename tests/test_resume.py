@@ -207,9 +207,12 @@ def test_damage_is_told_or_does_no_harm(tmp_path_factory, damage):
         assert same(dtl.load(path), saved)
 
 
+@pytest.mark.parametrize("name", ["uniform", "transferred"])
 @pytest.mark.parametrize("damage", [flipped(0.7, 4), lambda data: data[:-100], lambda data: b""])
-def test_a_damaged_model_is_told_and_once_deleted_made_anew(damage, copied, finished, records, run):
-    path = copied / "seed0/uniform.pt"
+def test_a_damaged_model_is_told_and_once_deleted_made_anew(
+    damage, name, copied, finished, records, run
+):
+    path = copied / f"seed0/{name}.pt"
     path.write_bytes(damage(path.read_bytes()))
     before = (copied / "results.jsonl").read_bytes()
     result = run("all", copied, methods=["uniform"], attackers="all")
@@ -218,7 +221,7 @@ def test_a_damaged_model_is_told_and_once_deleted_made_anew(damage, copied, fini
     path.unlink()
     assert run("all", copied, methods=["uniform"]).code == 0
     assert same(weights(copied), weights(finished.out))
-    fixed = dict(model="uniform", attacker="fixed")
+    fixed = dict(model=name, attacker="fixed")
     assert records(copied, **fixed) == records(finished.out, **fixed)
 
 

@@ -12,12 +12,11 @@ import click
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TASKS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dtl
-
-TASKS = ("source-subset", "downstream")
 
 STEPS = dict(pretrain_steps=3, transfer_steps=3, dispose_steps=3, fresh_steps=3, attack_steps=3)
 CONFIG = dtl.Config(network="resnet8", batch_size=8, chunks=2, chunk_size=8, **STEPS)
@@ -218,6 +217,8 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
     assert rates[:25] == pytest.approx([0.1 * 4 * k / 101 for k in range(1, 26)])
     falling = [0.05 + 0.05 * math.cos(math.pi * (k / 101 - 0.25) / 0.75) for k in range(26, 101)]
     assert rates[25:] == pytest.approx(falling) and 0 < rates[-1] < 1e-4
+    with pytest.raises(dtl.DTLError, match="^0 steps.*$"):
+        dtl.one_cycle(0, 0.1)
 
 
 def loop(losses, schedule, seed=0, **how):
